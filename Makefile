@@ -1,0 +1,108 @@
+# make test is what a change must pass, make test-long what a release must.
+
+SHELL := bash
+
+# What the tests run besides Go, one line each: the command looked for, and the
+# Debian package that brings it. -race needs the C compiler.
+NEEDS := \
+	gcc:build-essential \
+	node:nodejs \
+	npm:npm
+
+FUZZTIME ?= 30s
+BENCH ?= .
+
+# npm ci again only when the packages asked for have changed.
+E2E := $(if $(wildcard e2e/package.json),e2e/node_modules/.installed)
+
+.PHONY: test test-long lint bench tools
+
+test: tools $(E2E)
+	go test -race -count=1 -timeout 6m ./...
+
+# Soak, fault and documentation tests live in *_long_test.go files with the build
+# tag long and have Long in their names. After them, each fuzz target.
+test-long: tools $(E2E)
+	go test -race -count=1 -tags long -run Long -timeout 40m ./...
+	@bash -c "$$fuzz_script"
+
+lint:
+	@echo 'gofmt -l'; files=$$(find . -name node_modules -prune -o -name '*.go' -exec gofmt -l {} +) || exit 1; \
+	if [ -n "$$files" ]; then printf 'gofmt would change:\n%s\n' "$$files" >&2; exit 1; fi
+	go vet ./...
+	go vet -tags long ./...
+	go tool staticcheck ./...
+	go tool staticcheck -tags long ./...
+
+bench:
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+tools:
+	@bash -c "$$install_script"
+
+e2e/node_modules/.installed: $(wildcard e2e/package*.json) | tools
+	cd e2e && npm ci --no-audit --no-fund || { echo 'make: npm could not install the packages of e2e/package-lock.json.' >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+define install_script
+set -euo pipefail
+
+missing() {
+	for need in $(NEEDS); do
+		command -v "$${need%%:*}" >/dev/null || echo "$$need"
+	done
+}
+
+as_root() {
+	if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi
+}
+
+if ! command -v go >/dev/null; then
+	echo 'make: the go command is missing; go.mod says which version is needed, https://go.dev/dl/ has it.' >&2
+	exit 1
+fi
+needs=$$(missing)
+[ -n "$$needs" ] || exit 0
+packages=$$(sed 's/.*://' <<<"$$needs" | sort -u | xargs)
+if command -v apt-get >/dev/null; then
+	echo "make: installing $$packages"
+	as_root apt-get update -q </dev/null || true
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$packages </dev/null || true
+fi
+hash -r
+needs=$$(missing)
+[ -n "$$needs" ] || exit 0
+echo "make: missing and could not be installed: $$(sed 's/:.*//' <<<"$$needs" | xargs)." \
+	"On Debian, as root: apt-get install $$packages" >&2
+exit 1
+endef
+export install_script
+
+define fuzz_script
+set -euo pipefail
+log=$$(mktemp)
+trap 'rm -f "$$log"' EXIT
+
+fuzz() {
+	echo "go test -run '^$$' -fuzz '^$$2$$' -fuzztime $(FUZZTIME) $$1"
+	go test -tags long -run '^$$' -fuzz "^$$2$$" -fuzztime $(FUZZTIME) "$$1" 2>&1 | tee "$$log"
+}
+
+# Before Go 1.27 a target can fail with nothing but this as its time ends, with no
+# input to blame (https://go.dev/issue/75804). It gets one more try.
+only_ran_out_of_time() {
+	grep -q '^    context deadline exceeded$$' "$$log" && ! grep -qE 'Failing input|panic:|_test\.go:' "$$log"
+}
+
+packages=$$(go list -tags long ./...)
+for package in $$packages; do
+	targets=$$(go test -tags long -list '^Fuzz' "$$package" | sed -n '/^Fuzz/p')
+	for target in $$targets; do
+		fuzz "$$package" "$$target" && continue
+		only_ran_out_of_time || exit 1
+		echo "make: $$target found nothing and ran into go.dev/issue/75804; once more"
+		fuzz "$$package" "$$target"
+	done
+done
+endef
+export fuzz_script
