@@ -1,0 +1,310 @@
+package main
+
+import (
+	"container/heap"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// codes are the short numbers people type, each of which names a session until
+// it expires and can be redeemed once.
+type codes interface {
+	// Mint makes a new code for the session, which lives for ttl. It is uniform
+	// among the free codes of its length and not minted again before it has
+	// expired. Error: *exhaustedError.
+	Mint(ctx context.Context, session sessionID, ttl time.Duration) (code string, expires time.Time, err error)
+	// Redeem uses up a code: of any number of calls for one code at most one
+	// succeeds. Errors: errCodeGone, and errCodeUsed with the session when the
+	// code was redeemed before and has not expired.
+	Redeem(ctx context.Context, code string) (session sessionID, expires time.Time, err error)
+	// Run reclaims expired codes until ctx is done.
+	Run(ctx context.Context) error
+}
+
+var (
+	errCodeGone = errors.New("the code is unknown or has expired")
+	errCodeUsed = errors.New("the code has been redeemed")
+)
+
+// An exhaustedError says that every code is taken.
+type exhaustedError struct {
+	retryAfter time.Duration // until the next code frees
+}
+
+func (e *exhaustedError) Error() string { return "every code is taken" }
+
+// Codes have between minCodeDigits and maxCodeDigits digits.
+const (
+	minCodeDigits = 4
+	maxCodeDigits = 9
+)
+
+// validCode reports whether code is 4 to 9 ASCII digits.
+func validCode(code string) bool {
+	if len(code) < minCodeDigits || len(code) > maxCodeDigits {
+		return false
+	}
+	for _, c := range []byte(code) {
+		if c < '0' || c > '9' {
+			return false
+		}
+	}
+	return true
+}
+
+const (
+	// codeBlock is how many codes share a count of those taken.
+	codeBlock = 1000
+	// mintTries are random draws before a free code is looked for by counting:
+	// at nine tenths taken, all of them fail once in thirty times.
+	mintTries = 32
+	// reclaimBatch bounds how many expired codes one hold of the lock removes.
+	reclaimBatch = 256
+)
+
+// codeOptions are what a code table is told of the configuration.
+type codeOptions struct {
+	digits, maxDigits int
+	// grown is called, without any lock, when new codes change their length.
+	grown func(digits int)
+}
+
+// A codeTable is the codes of one process, in memory.
+type codeTable struct {
+	// static after construction
+	codeOptions
+
+	mu sync.Mutex
+	// guarded by mu
+	spaces   map[int]*codeSpace // by number of digits
+	entries  map[codeKey]codeEntry
+	byExpiry codeQueue
+	current  int // digits of the code minted last
+}
+
+// A codeSpace is all codes of one length.
+type codeSpace struct {
+	digits int
+	size   uint32
+	taken  uint32
+	blocks []uint16 // taken codes in each codeBlock of codes
+}
+
+// A codeKey is a code with a 1 before it, so that 0042 and 00042 differ.
+type codeKey uint32
+
+type codeEntry struct {
+	session sessionID
+	expires time.Time
+	used    bool
+}
+
+var _ codes = (*codeTable)(nil)
+
+func newCodeTable(o codeOptions) *codeTable {
+	t := &codeTable{
+		codeOptions: o,
+		spaces:      make(map[int]*codeSpace),
+		entries:     make(map[codeKey]codeEntry),
+		current:     o.digits,
+	}
+	for d, size := minCodeDigits, uint32(10_000); d <= o.maxDigits; d, size = d+1, size*10 {
+		if d >= o.digits {
+			t.spaces[d] = &codeSpace{digits: d, size: size, blocks: make([]uint16, size/codeBlock)}
+		}
+	}
+	return t
+}
+
+func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration) (string, time.Time, error) {
+	now := time.Now()
+	expires := now.Add(ttl)
+	t.mu.Lock()
+	t.reclaim(now)
+	space := t.space()
+	if space == nil {
+		wait := t.byExpiry[0].expires.Sub(now)
+		t.mu.Unlock()
+		return "", time.Time{}, &exhaustedError{retryAfter: wait}
+	}
+	grown := space.digits != t.current
+	t.current = space.digits
+	n := t.draw(space)
+	key := space.key(n)
+	t.entries[key] = codeEntry{session: session, expires: expires}
+	space.count(n, 1)
+	heap.Push(&t.byExpiry, codeExpiry{expires, key})
+	t.mu.Unlock()
+	if grown {
+		t.grown(space.digits)
+	}
+	return fmt.Sprintf("%0*d", space.digits, n), expires, nil
+}
+
+// space returns the space to mint from: the first of which less than a
+// hundredth is taken, else the largest that is not full, or nil. The caller
+// holds mu.
+func (t *codeTable) space() *codeSpace {
+	for d := t.digits; d < t.maxDigits; d++ {
+		if s := t.spaces[d]; s.taken < s.size/100 {
+			return s
+		}
+	}
+	for d := t.maxDigits; d >= t.digits; d-- {
+		if s := t.spaces[d]; s.taken < s.size {
+			return s
+		}
+	}
+	return nil
+}
+
+// draw returns a code of s that is not taken, each with the same chance. The
+// caller holds mu and knows that there is one.
+func (t *codeTable) draw(s *codeSpace) uint32 {
+	var random [4 * mintTries]byte
+	rand.Read(random[:]) // never fails
+	for i := range mintTries {
+		n, ok := uniform(binary.LittleEndian.Uint32(random[4*i:]), s.size)
+		if _, taken := t.entries[s.key(n)]; ok && !taken {
+			return n
+		}
+	}
+	return t.pick(s, uniformRandom(s.size-s.taken))
+}
+
+// pick returns the free code of s that has nth free codes before it.
+func (t *codeTable) pick(s *codeSpace, nth uint32) uint32 {
+	block := 0
+	for free := codeBlock - uint32(s.blocks[0]); nth >= free; free = codeBlock - uint32(s.blocks[block]) {
+		nth -= free
+		block++
+	}
+	for n := uint32(block * codeBlock); ; n++ {
+		if _, taken := t.entries[s.key(n)]; taken {
+			continue
+		}
+		if nth == 0 {
+			return n
+		}
+		nth--
+	}
+}
+
+// uniform turns 32 random bits into a number below size without bias, or
+// reports that other bits are needed (Lemire, "Fast Random Integer Generation
+// in an Interval", 2019).
+func uniform(bits, size uint32) (n uint32, ok bool) {
+	product := uint64(bits) * uint64(size)
+	return uint32(product >> 32), uint32(product) >= -size%size
+}
+
+func uniformRandom(size uint32) uint32 {
+	for {
+		var b [4]byte
+		rand.Read(b[:])
+		if n, ok := uniform(binary.LittleEndian.Uint32(b[:]), size); ok {
+			return n
+		}
+	}
+}
+
+func (s *codeSpace) key(n uint32) codeKey { return codeKey(s.size + n) }
+
+// count notes that the code n is taken (1) or free (-1).
+func (s *codeSpace) count(n uint32, change int) {
+	s.taken += uint32(change)
+	s.blocks[n/codeBlock] += uint16(change)
+}
+
+func (t *codeTable) Redeem(_ context.Context, code string) (sessionID, time.Time, error) {
+	n, err := strconv.ParseUint("1"+code, 10, 32)
+	if err != nil || !validCode(code) {
+		return sessionID{}, time.Time{}, errCodeGone
+	}
+	key, now := codeKey(n), time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e, ok := t.entries[key]
+	switch {
+	case !ok || !now.Before(e.expires):
+		return sessionID{}, time.Time{}, errCodeGone
+	case e.used:
+		return e.session, e.expires, errCodeUsed
+	}
+	e.used = true
+	t.entries[key] = e
+	return e.session, e.expires, nil
+}
+
+func (t *codeTable) Run(ctx context.Context) error {
+	tick := time.NewTicker(janitorEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			t.sweep()
+		}
+	}
+}
+
+// sweep reclaims all expired codes, a batch for each hold of the lock.
+func (t *codeTable) sweep() {
+	for more := true; more; {
+		t.mu.Lock()
+		more = t.reclaim(time.Now())
+		t.mu.Unlock()
+	}
+}
+
+// reclaim frees a batch of expired codes and reports whether there may be more.
+// The caller holds mu.
+func (t *codeTable) reclaim(now time.Time) (more bool) {
+	for range reclaimBatch {
+		if len(t.byExpiry) == 0 || now.Before(t.byExpiry[0].expires) {
+			return false
+		}
+		key := heap.Pop(&t.byExpiry).(codeExpiry).key
+		delete(t.entries, key)
+		for _, s := range t.spaces {
+			if n := uint32(key) - s.size; n < s.size {
+				s.count(n, -1)
+			}
+		}
+	}
+	return true
+}
+
+// stats returns the number of codes that have not been reclaimed and the
+// length of new ones.
+func (t *codeTable) stats() (active, digits int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.entries), t.current
+}
+
+// A codeQueue is a heap of codes, the next to expire first.
+type codeQueue []codeExpiry
+
+type codeExpiry struct {
+	expires time.Time
+	key     codeKey
+}
+
+func (q codeQueue) Len() int           { return len(q) }
+func (q codeQueue) Less(i, j int) bool { return q[i].expires.Before(q[j].expires) }
+func (q codeQueue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
+func (q *codeQueue) Push(x any)        { *q = append(*q, x.(codeExpiry)) }
+func (q *codeQueue) Pop() any {
+	last := len(*q) - 1
+	x := (*q)[last]
+	*q = (*q)[:last]
+	return x
+}

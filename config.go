@@ -1,0 +1,726 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// config is what the operator decided, checked and complete. Nothing changes it after loadConfig.
+type config struct {
+	// Who it serves. environment is only another way to say dev.
+	dev         bool
+	environment string // development or production
+
+	// Where it listens and what it says.
+	host         string // an IP address, a host name or unix:/path
+	port         int    // 0 is any free port
+	tlsCertFile  string // both TLS files or none
+	tlsKeyFile   string
+	logLevel     slog.Level
+	logFormat    string // text or json
+	metricsRoute string
+	metricsAddr  string // host:port, or "" to serve metrics with everything else
+	drainTimeout time.Duration
+
+	// Codes and sessions.
+	roomTTL       time.Duration
+	codeDigits    int
+	codeDigitsMax int    // never below codeDigits
+	appIDs        string // any or minted
+	sessionTTL    time.Duration
+	resumeTTL     time.Duration
+
+	// Connections.
+	heartbeat  time.Duration
+	maxMessage int
+	readBuf    int
+	writeBuf   int
+
+	// Who may call. Origins are lower case and without a default port, as browsers send them;
+	// an entry without "://" is a bare host name.
+	corsOrigins    []string
+	trustedProxies []netip.Prefix // masked, and IPv4 never in its IPv6-mapped form
+	rateExempt     []netip.Prefix
+
+	// Limits; 0 is none, except for maxConns.
+	httpRatePerMin int
+	wsRatePerMin   int
+	wsFramesPerSec int
+	redeemFails    int
+	maxConns       int // 0 is nine tenths of the open-file limit
+	maxConnsPerIP  int
+	maxCodesPerIP  int
+	maxSessions    int
+	maxQueuedBytes int64
+}
+
+// An option is one row of the table that everything else here is made from: the environment
+// variables, the flags, -h, the README's table and the configuration in the log.
+type option struct {
+	name        string // the environment variable; ROOM_TTL is -room-ttl as a flag
+	alias       string // another name for it
+	def         string // the default, in the words an operator would use; "" is none
+	prod        string // the default unless DEV=true, where that is another one
+	secret      bool   // never shown, and read from the file that NAME_FILE names, if that is given
+	optionValue        // the config field it fills, and how
+	help        string
+}
+
+// configOptions is the table, bound to the fields of c.
+func configOptions(c *config) []option {
+	const (
+		many  = 1_000_000_000 // a limit past which a number can only be a mistake
+		soon  = 10 * time.Millisecond
+		month = 30 * 24 * time.Hour
+	)
+	return []option{
+		{name: "DEV", def: "true", optionValue: boolOption(&c.dev),
+			help: "development: any browser origin is accepted and, with APP_IDS=any, any session ID; DEV=false is for everything that others can reach"},
+		{name: "ENVIRONMENT", def: "development", prod: "production", optionValue: wordOption(&c.environment, "development", "production"),
+			help: "another way to set DEV: production is DEV=false"},
+
+		{name: "HOST", def: "0.0.0.0", optionValue: checkedOption(&c.host, checkHost),
+			help: "address to listen on: an IP address, a host name, or unix:/path for a socket file"},
+		{name: "PORT", def: "1234", optionValue: intOption(&c.port, 0, 65535),
+			help: "port to listen on; 0 is any free one"},
+		{name: "TLS_CERT_FILE", optionValue: stringOption(&c.tlsCertFile),
+			help: "certificate chain in PEM; with TLS_KEY_FILE the server speaks TLS itself"},
+		{name: "TLS_KEY_FILE", optionValue: stringOption(&c.tlsKeyFile),
+			help: "private key of TLS_CERT_FILE, in PEM"},
+		{name: "LOG_LEVEL", def: "info", optionValue: levelOption(&c.logLevel),
+			help: "least level that is logged: debug, info, warn or error"},
+		{name: "LOG_FORMAT", def: "text", prod: "json", optionValue: wordOption(&c.logFormat, "text", "json"),
+			help: "form of a log line: text or json"},
+		{name: "METRICS_ROUTE", def: "/metrics", optionValue: checkedOption(&c.metricsRoute, checkMetricsRoute),
+			help: "path of the Prometheus metrics"},
+		{name: "METRICS_ADDR", optionValue: checkedOption(&c.metricsAddr, checkAddr),
+			help: "host:port of a listener for the metrics alone, which then are nowhere else"},
+		{name: "DRAIN_TIMEOUT", def: "10s", optionValue: durationOption(&c.drainTimeout, time.Millisecond, time.Hour),
+			help: "longest time between being told to stop and the exit"},
+
+		{name: "ROOM_TTL", def: "10m", optionValue: durationOption(&c.roomTTL, soon, month),
+			help: "how long a code can be redeemed"},
+		{name: "CODE_DIGITS", def: "4", optionValue: intOption(&c.codeDigits, 4, 9),
+			help: "digits of a code, 4 to 9"},
+		{name: "CODE_DIGITS_MAX", def: "4", prod: "6", optionValue: intOption(&c.codeDigitsMax, 4, 9),
+			help: "digits that codes may grow to while many are taken or guessed at; unless set, at least CODE_DIGITS"},
+		{name: "APP_IDS", def: "any", prod: "minted", optionValue: wordOption(&c.appIDs, "any", "minted"),
+			help: "sessions that may be joined: any UUID, or only those minted with a code"},
+		{name: "SESSION_TTL", def: "10m", optionValue: durationOption(&c.sessionTTL, soon, month),
+			help: "how long waiting mail outlives the last one to leave a session"},
+		{name: "RESUME_TTL", def: "60s", optionValue: durationOption(&c.resumeTTL, soon, month),
+			help: "how long a seat is kept for a client whose connection was lost"},
+
+		{name: "HEARTBEAT", def: "20s", optionValue: durationOption(&c.heartbeat, soon, time.Hour),
+			help: "interval of WebSocket pings; a connection silent for two of them is dropped"},
+		{name: "WS_MAX_MSG", def: "1048576", optionValue: sizeOption(&c.maxMessage, 1<<10, 64<<20),
+			help: "largest WebSocket message, in bytes"},
+		{name: "WS_READ_BUF", def: "4096", optionValue: sizeOption(&c.readBuf, 256, 1<<20),
+			help: "bytes of the pooled buffer that a connection borrows while it reads"},
+		{name: "WS_WRITE_BUF", def: "4096", optionValue: sizeOption(&c.writeBuf, 256, 1<<20),
+			help: "bytes of the pooled buffer that a connection borrows while it writes"},
+
+		{name: "CORS_ORIGINS", alias: "ALLOWED_ORIGINS", optionValue: listOption(&c.corsOrigins, parseOrigin, func(o string) string { return o }),
+			help: "browser origins that may call while DEV=false, besides the server's own: https://host[:port] or bare host names, separated by commas"},
+		{name: "TRUSTED_PROXIES", optionValue: listOption(&c.trustedProxies, parseNetwork, netip.Prefix.String),
+			help: "proxies whose X-Forwarded-For and X-Forwarded-Host are believed: addresses or CIDRs, separated by commas"},
+		{name: "RATE_EXEMPT", optionValue: listOption(&c.rateExempt, parseNetwork, netip.Prefix.String),
+			help: "callers that no limit by address applies to: addresses or CIDRs, separated by commas"},
+
+		{name: "HTTP_RATE_PER_MIN", def: "0", optionValue: intOption(&c.httpRatePerMin, 0, many),
+			help: "API calls a minute from one address; 0 is no limit"},
+		{name: "WS_RATE_PER_MIN", def: "0", optionValue: intOption(&c.wsRatePerMin, 0, many),
+			help: "new WebSocket connections a minute from one address; 0 is no limit"},
+		{name: "WS_FRAMES_PER_SEC", def: "0", optionValue: intOption(&c.wsFramesPerSec, 0, many),
+			help: "frames a second from one connection; 0 is no limit"},
+		{name: "REDEEM_FAILS", def: "10", optionValue: intOption(&c.redeemFails, 0, many),
+			help: "wrong guesses from one address in each ROOM_TTL; 0 is no limit"},
+		{name: "MAX_CONNS", def: "0", optionValue: intOption(&c.maxConns, 0, many),
+			help: "WebSocket connections; 0 is nine tenths of the open-file limit"},
+		{name: "MAX_CONNS_PER_IP", def: "0", prod: "256", optionValue: intOption(&c.maxConnsPerIP, 0, many),
+			help: "WebSocket connections from one address; 0 is no limit"},
+		{name: "MAX_CODES_PER_IP", def: "0", prod: "100", optionValue: intOption(&c.maxCodesPerIP, 0, many),
+			help: "unexpired codes of one address, and with APP_IDS=any the sessions it opened; 0 is no limit"},
+		{name: "MAX_SESSIONS", def: "100000", optionValue: intOption(&c.maxSessions, 0, many),
+			help: "live sessions, minted codes and rooms included; 0 is no limit"},
+		{name: "MAX_QUEUED_BYTES", def: "256MiB", optionValue: sizeOption(&c.maxQueuedBytes, 0, 1<<50),
+			help: "memory for all that waits in the process, in bytes or with KiB, MiB or GiB; 0 is no limit"},
+	}
+}
+
+// loadConfig reads flags and environment. It returns flag.ErrHelp for -h and -help, and otherwise
+// every problem at once, each sentence naming its variable.
+func loadConfig(args []string, lookup func(string) (string, bool)) (*config, error) {
+	c := new(config)
+	table := configOptions(c)
+	found, problems := gather(table, args, lookup)
+	if slices.Contains(problems, flag.ErrHelp) {
+		return nil, flag.ErrHelp
+	}
+	dev := devMode(found)
+	problems = append(problems, apply(table, found, dev)...)
+
+	// Two defaults depend on more than a column of the table.
+	c.dev = dev
+	if _, ok := found["CODE_DIGITS_MAX"]; !ok {
+		c.codeDigitsMax = max(c.codeDigitsMax, c.codeDigits)
+	}
+	problems = append(problems, c.contradictions()...)
+	if len(problems) > 0 {
+		return nil, errors.Join(problems...)
+	}
+	return c, nil
+}
+
+// contradictions finds values that are fine alone and not together. A value that was refused has
+// left its field zero, and a zero field contradicts nothing: one mistake is one problem.
+func (c *config) contradictions() []error {
+	var problems []error
+	if c.environment == "production" && c.dev {
+		problems = append(problems, errors.New("ENVIRONMENT=production contradicts DEV=true: unset one of them"))
+	}
+	if c.tlsCertFile != "" && c.tlsKeyFile == "" {
+		problems = append(problems, errors.New("TLS_CERT_FILE needs TLS_KEY_FILE beside it"))
+	}
+	if c.tlsKeyFile != "" && c.tlsCertFile == "" {
+		problems = append(problems, errors.New("TLS_KEY_FILE needs TLS_CERT_FILE beside it"))
+	}
+	if c.codeDigitsMax != 0 && c.codeDigitsMax < c.codeDigits {
+		problems = append(problems, fmt.Errorf("CODE_DIGITS_MAX must not be below CODE_DIGITS: %d is less than %d", c.codeDigitsMax, c.codeDigits))
+	}
+	return problems
+}
+
+// warnings lists what is allowed but seldom meant.
+func (c *config) warnings() []string {
+	if c.dev && !isLoopback(c.host) {
+		return []string{fmt.Sprintf("DEV=true lets any website call, and %s can be reached from other machines: "+
+			"set HOST=127.0.0.1 to develop, or DEV=false and CORS_ORIGINS to serve others", c.host)}
+	}
+	return nil
+}
+
+// logAttrs returns the effective values in the order of the table, secrets masked.
+func (c *config) logAttrs() []slog.Attr { return logOptions(configOptions(c)) }
+
+func logOptions(table []option) []slog.Attr {
+	attrs := make([]slog.Attr, len(table))
+	for i, o := range table {
+		attrs[i] = slog.String(o.name, o.mask(o.text(), o.text()))
+	}
+	return attrs
+}
+
+// writeUsage writes the table for -h.
+func writeUsage(w io.Writer) {
+	fmt.Fprint(w, "Usage: parley [flags]\n\n"+
+		"Every flag is an environment variable too: -room-ttl 5m is ROOM_TTL=5m. A flag wins.\n"+
+		"Of two defaults the first holds while DEV=true, the second otherwise.\n\n")
+	for _, o := range configOptions(new(config)) {
+		for _, name := range o.names() {
+			fmt.Fprintf(w, "  -%s, %s", flagName(name), name)
+		}
+		if o.def != "" {
+			fmt.Fprintf(w, " (default %s)", o.defaults(""))
+		}
+		fmt.Fprintf(w, "\n        %s\n", o.help)
+	}
+}
+
+// configTable returns the table as the README has it. Of two defaults the first holds while DEV=true.
+func configTable() string {
+	var b strings.Builder
+	b.WriteString("| Variable | Default | What it does |\n| --- | --- | --- |\n")
+	for _, o := range configOptions(new(config)) {
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", strings.Join(o.names(), "`, `"), o.defaults("`"), o.help)
+	}
+	return b.String()
+}
+
+// names returns every variable that sets o.
+func (o option) names() []string {
+	names := []string{o.name}
+	if o.alias != "" {
+		names = append(names, o.alias)
+	}
+	if o.secret {
+		names = append(names, o.name+"_FILE")
+	}
+	return names
+}
+
+// defaults returns what help shows as the default, each value between two quotes.
+func (o option) defaults(quote string) string {
+	switch {
+	case o.def == "":
+		return ""
+	case o.prod == "":
+		return quote + o.def + quote
+	}
+	return quote + o.def + quote + " / " + quote + o.prod + quote
+}
+
+// mask takes what must not be seen out of a sentence about o or its value: a secret, and in
+// whatever looks like a URL the user name and password.
+func (o option) mask(sentence, value string) string {
+	if o.secret && value != "" {
+		sentence = strings.NewReplacer(strconv.Quote(value), "***", value, "***").Replace(sentence)
+	}
+	parts := strings.Split(sentence, "://")
+	for i, part := range parts[1:] {
+		// The last "@": a password may hold one, or a "/" or a "," too.
+		if at := strings.LastIndexByte(part, '@'); at >= 0 {
+			parts[i+1] = "***" + part[at:]
+		}
+	}
+	return strings.Join(parts, "://")
+}
+
+func flagName(variable string) string {
+	return strings.ToLower(strings.ReplaceAll(variable, "_", "-"))
+}
+
+// A finding is the text that an option was given, and what to call the place it came from.
+type finding struct{ text, from string }
+
+// gather finds what was given for each option, by option name. An empty value counts as not given;
+// an empty flag so brings the default back, whatever the environment says.
+func gather(table []option, args []string, lookup func(string) (string, bool)) (map[string]finding, []error) {
+	flags, problems := readFlags(table, args)
+	find := func(variable string) (finding, bool) {
+		if text, ok := flags[variable]; ok {
+			return finding{text, fmt.Sprintf("-%s (%s)", flagName(variable), variable)}, text != ""
+		}
+		text, ok := lookup(variable)
+		return finding{text, variable}, ok && text != ""
+	}
+	found := make(map[string]finding)
+	for _, o := range table {
+		for _, name := range o.names() {
+			f, ok := find(name)
+			if !ok {
+				continue
+			}
+			first, taken := found[o.name]
+			if name == o.name+"_FILE" && !taken {
+				var err error
+				if f.text, err = readSecret(f.text); err != nil {
+					problems = append(problems, fmt.Errorf("%s %w", f.from, err))
+					continue
+				}
+			}
+			// A secret given both ways is refused without a look at the file: which one is meant?
+			if taken && (o.secret || f.text != first.text) {
+				problems = append(problems, fmt.Errorf("%s and %s are both given: keep one", first.from, f.from))
+				continue
+			}
+			found[o.name] = f
+		}
+	}
+	return found, problems
+}
+
+// readFlags returns what the command line gives for each variable. The flag package would stop at
+// the first problem, and the operator is to see all of them.
+func readFlags(table []option, args []string) (map[string]string, []error) {
+	type target struct {
+		variable string
+		boolean  bool
+	}
+	known := make(map[string]target)
+	for _, o := range table {
+		for _, name := range o.names() {
+			known[flagName(name)] = target{name, o.boolean}
+		}
+	}
+	flags := make(map[string]string)
+	var problems []error
+	for len(args) > 0 {
+		arg := args[0]
+		args = args[1:]
+		dashed, isFlag := strings.CutPrefix(arg, "-")
+		name, text, hasText := strings.Cut(strings.TrimPrefix(dashed, "-"), "=")
+		t, ok := known[name]
+		switch {
+		case !isFlag || name == "":
+			problems = append(problems, fmt.Errorf("%q is not a flag: every option is given as -name=value", arg))
+		case name == "h" || name == "help":
+			return nil, []error{flag.ErrHelp}
+		case !ok:
+			problems = append(problems, fmt.Errorf("-%s is not a flag of parley: parley -h lists them", name))
+			// What follows is its value, perhaps of a secret's mistyped name: not to be quoted.
+			if !hasText && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+				args = args[1:]
+			}
+		case hasText:
+			flags[t.variable] = text
+		case t.boolean:
+			flags[t.variable] = "true"
+		case len(args) == 0:
+			problems = append(problems, fmt.Errorf("-%s (%s) needs a value", name, t.variable))
+		default:
+			flags[t.variable] = args[0]
+			args = args[1:]
+		}
+	}
+	return flags, problems
+}
+
+// readSecret returns what a file holds, without the newline that editors put at its end.
+func readSecret(file string) (string, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("cannot be read: %w", err)
+	}
+	secret := strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r")
+	if secret == "" {
+		// As an unset secret it might turn off what it was meant to protect.
+		return "", fmt.Errorf("names an empty file: %s", file)
+	}
+	return secret, nil
+}
+
+// devMode tells which column of defaults holds. It looks at the bare text, because defaults come
+// before checks.
+func devMode(found map[string]finding) bool {
+	if f, ok := found["DEV"]; ok {
+		dev, err := strconv.ParseBool(f.text)
+		return dev && err == nil
+	}
+	return !strings.EqualFold(found["ENVIRONMENT"].text, "production")
+}
+
+// apply fills every option of the table with what was found, or else its default. A value that is
+// refused leaves its field alone.
+func apply(table []option, found map[string]finding, dev bool) []error {
+	var problems []error
+	for _, o := range table {
+		f, ok := found[o.name]
+		if !ok {
+			f = finding{o.def, "the default of " + o.name}
+			if !dev && o.prod != "" {
+				f.text = o.prod
+			}
+			if f.text == "" {
+				continue
+			}
+		}
+		if err := o.set(f.text); err != nil {
+			problems = append(problems, errors.New(f.from+" "+o.mask(err.Error(), f.text)))
+		}
+	}
+	return problems
+}
+
+// An optionValue is the tie between an option and its field.
+type optionValue struct {
+	set     func(text string) error // parse, check, store; the error continues a sentence that begins with the name
+	text    func() string           // the field as it stands, in a form that set takes
+	boolean bool                    // as a flag it needs no value
+}
+
+func parsedOption[T any](field *T, parse func(string) (T, error), format func(T) string) optionValue {
+	return optionValue{
+		set: func(text string) error {
+			v, err := parse(text)
+			if err == nil {
+				*field = v
+			}
+			return err
+		},
+		text: func() string { return format(*field) },
+	}
+}
+
+func stringOption(field *string) optionValue {
+	return checkedOption(field, func(string) error { return nil })
+}
+
+func checkedOption(field *string, check func(string) error) optionValue {
+	return parsedOption(field,
+		func(text string) (string, error) { return text, check(text) },
+		func(s string) string { return s })
+}
+
+func boolOption(field *bool) optionValue {
+	v := parsedOption(field, func(text string) (bool, error) {
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			err = fmt.Errorf("must be true or false, not %q", text)
+		}
+		return b, err
+	}, strconv.FormatBool)
+	v.boolean = true
+	return v
+}
+
+func wordOption(field *string, words ...string) optionValue {
+	return parsedOption(field, func(text string) (string, error) {
+		for _, w := range words {
+			if strings.EqualFold(text, w) {
+				return w, nil
+			}
+		}
+		return "", fmt.Errorf("must be %s, not %q", strings.Join(words, " or "), text)
+	}, func(s string) string { return s })
+}
+
+func levelOption(field *slog.Level) optionValue {
+	var word string
+	words := wordOption(&word, "debug", "info", "warn", "error")
+	return parsedOption(field, func(text string) (level slog.Level, err error) {
+		// slog alone would take INFO+3 as well.
+		if err = words.set(text); err == nil {
+			err = level.UnmarshalText([]byte(word))
+		}
+		return level, err
+	}, func(l slog.Level) string { return strings.ToLower(l.String()) })
+}
+
+func intOption(field *int, lo, hi int) optionValue {
+	return parsedOption(field, func(text string) (int, error) {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < lo || n > hi {
+			return 0, fmt.Errorf("must be a whole number from %d to %d, not %q", lo, hi, text)
+		}
+		return n, nil
+	}, strconv.Itoa)
+}
+
+// sizeOption takes a number of bytes, plain or with a unit.
+func sizeOption[T int | int64](field *T, lo, hi T) optionValue {
+	return parsedOption(field, func(text string) (T, error) {
+		digits, shift := text, 0
+		for i, unit := range []string{"KiB", "MiB", "GiB"} {
+			if number, ok := strings.CutSuffix(text, unit); ok {
+				digits, shift = strings.TrimRight(number, " "), 10*(i+1)
+			}
+		}
+		n, err := strconv.ParseInt(digits, 10, 64)
+		if err != nil || n < 0 || n > int64(hi)>>shift || n<<shift < int64(lo) {
+			return 0, fmt.Errorf("must be a number of bytes from %d to %d, such as 65536 or 64KiB, not %q", lo, hi, text)
+		}
+		return T(n << shift), nil
+	}, func(n T) string { return strconv.FormatInt(int64(n), 10) })
+}
+
+func durationOption(field *time.Duration, lo, hi time.Duration) optionValue {
+	return parsedOption(field, func(text string) (time.Duration, error) {
+		d, err := time.ParseDuration(text)
+		if _, withUnit := time.ParseDuration(text + "s"); err != nil && withUnit == nil {
+			return 0, fmt.Errorf("must have a unit: not %q but, for seconds, %q", text, text+"s")
+		}
+		if err != nil || d < lo || d > hi {
+			return 0, fmt.Errorf("must be a duration from %s to %s, such as 90s or 10m, not %q", shortDuration(lo), shortDuration(hi), text)
+		}
+		return d, nil
+	}, shortDuration)
+}
+
+// shortDuration is d.String without its zeros: 10m, not 10m0s.
+func shortDuration(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+// listOption takes entries separated by commas; a comma too many is forgiven.
+func listOption[T any](field *[]T, parse func(string) (T, error), format func(T) string) optionValue {
+	return parsedOption(field, func(text string) ([]T, error) {
+		var list []T
+		var wrong []string
+		for entry := range strings.SplitSeq(text, ",") {
+			if entry = strings.TrimSpace(entry); entry == "" {
+				continue
+			}
+			v, err := parse(entry)
+			if err != nil {
+				wrong = append(wrong, err.Error())
+			}
+			list = append(list, v)
+		}
+		if len(wrong) > 0 {
+			return nil, errors.New(strings.Join(wrong, "; it "))
+		}
+		return list, nil
+	}, func(list []T) string {
+		texts := make([]string, len(list))
+		for i, v := range list {
+			texts[i] = format(v)
+		}
+		return strings.Join(texts, ",")
+	})
+}
+
+// parseNetwork takes a CIDR or one address. Addresses are compared in their plain form, so a
+// network of IPv4 addresses in IPv6 clothes becomes the IPv4 network that it means.
+func parseNetwork(entry string) (netip.Prefix, error) {
+	refused := fmt.Errorf("must list addresses or CIDRs such as 10.0.0.0/8, not %q", entry)
+	prefix, err := netip.ParsePrefix(entry)
+	if err != nil {
+		addr, err := netip.ParseAddr(entry)
+		if err != nil || addr.Zone() != "" {
+			return netip.Prefix{}, refused
+		}
+		prefix = netip.PrefixFrom(addr, addr.BitLen())
+	}
+	if addr := prefix.Addr(); addr.Is4In6() {
+		if prefix.Bits() < 96 {
+			return netip.Prefix{}, refused
+		}
+		prefix = netip.PrefixFrom(addr.Unmap(), prefix.Bits()-96)
+	}
+	return prefix.Masked(), nil
+}
+
+// parseOrigin takes a full origin and returns it as browsers send it, or a bare host name. It says
+// what to write instead of the usual near misses: an origin that can never match is found out late.
+func parseOrigin(entry string) (string, error) {
+	refuse := func(hint string, args ...any) (string, error) {
+		return "", fmt.Errorf("must list full origins or bare host names such as app.example, not %q"+hint, append([]any{entry}, args...)...)
+	}
+	if strings.Contains(entry, "*") {
+		return refuse(": write each origin out (only DEV=true accepts any)")
+	}
+	if strings.EqualFold(entry, "null") {
+		return refuse(": any website can send that")
+	}
+	if strings.Contains(entry, "%") {
+		return refuse("") // an IPv6 zone or an escaped host, which no browser sends
+	}
+	if host, ok := canonicalHost(entry); ok {
+		return host, nil
+	}
+	full := entry
+	if !strings.Contains(entry, "://") {
+		full = "https://" + entry
+	}
+	u, err := url.Parse(full)
+	if err != nil {
+		return refuse("")
+	}
+	host, ok := canonicalHost(u.Hostname())
+	if !ok {
+		return refuse("")
+	}
+	scheme := map[string]string{"http": "http", "https": "https", "ws": "http", "wss": "https"}[u.Scheme]
+	if scheme == "" {
+		return refuse(": write %q", host)
+	}
+	origin := scheme + "://" + host
+	if strings.Contains(host, ":") {
+		origin = scheme + "://[" + host + "]"
+	}
+	if u.Port() != "" {
+		port, err := strconv.ParseUint(u.Port(), 10, 16)
+		if err != nil || port == 0 {
+			return refuse("")
+		}
+		if (scheme == "http" && port != 80) || (scheme == "https" && port != 443) {
+			origin += ":" + strconv.FormatUint(port, 10)
+		}
+	}
+	switch {
+	case full != entry && u.Port() == "":
+		return refuse(": write %q", host)
+	case !strings.EqualFold(entry, scheme+"://"+u.Host):
+		return refuse(": write %q", origin)
+	}
+	return origin, nil
+}
+
+func checkHost(host string) error {
+	if socket, ok := strings.CutPrefix(host, "unix:"); ok {
+		if !strings.HasPrefix(socket, "/") || strings.HasSuffix(socket, "/") {
+			return fmt.Errorf("must name a socket file by its full path, unix:/path, not %q", host)
+		}
+		return nil
+	}
+	if _, ok := canonicalHost(host); ok {
+		return nil
+	}
+	hint := ""
+	if _, _, err := net.SplitHostPort(host); err == nil {
+		hint = ": the port goes into PORT"
+	}
+	return fmt.Errorf("must be an IP address, a host name or unix:/path, not %q%s", host, hint)
+}
+
+func checkAddr(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err == nil && host != "" {
+		if _, ok := canonicalHost(host); !ok {
+			err = errors.New("not a host")
+		}
+	}
+	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+		return fmt.Errorf("must be host:port such as 127.0.0.1:9090, not %q", addr)
+	}
+	return nil
+}
+
+// checkMetricsRoute takes a path that means only itself to an http.ServeMux and that no other
+// route answers.
+func checkMetricsRoute(route string) error {
+	odd := func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("/._-~", r))
+	}
+	if !strings.HasPrefix(route, "/") || path.Clean(route) != route || strings.ContainsFunc(route, odd) {
+		return fmt.Errorf("must be a plain path such as /metrics, not %q", route)
+	}
+	taken := false
+	switch route {
+	case "/", "/rendezvous/code", "/rendezvous/redeem", "/ice-servers", "/healthz", "/readyz", "/whoami", "/version", "/ws", "/api/rooms":
+		taken = true
+	}
+	if taken || strings.HasPrefix(route, "/api/rooms/") || strings.HasPrefix(route, "/ws/signal/") {
+		return fmt.Errorf("must be a path of its own, not %q, which has another use", route)
+	}
+	return nil
+}
+
+// canonicalHost returns an IP address in its shortest form and a host name in lower case.
+func canonicalHost(host string) (string, bool) {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return addr.String(), true
+	}
+	if len(host) > 253 {
+		return "", false
+	}
+	host = strings.ToLower(host)
+	label := ""
+	for label = range strings.SplitSeq(host, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return "", false
+		}
+		if strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			return "", false
+		}
+	}
+	// 10.0.0 and 256.1.1.1 are addresses gone wrong: no top-level domain is a number.
+	return host, strings.Trim(label, "0123456789") != ""
+}
+
+func isLoopback(host string) bool {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return addr.IsLoopback()
+	}
+	return strings.HasPrefix(host, "unix:") || strings.EqualFold(host, "localhost")
+}

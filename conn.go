@@ -1,0 +1,815 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// What a connection costs, and how it is kept small:
+//
+//   - Reading: one goroutine waits for a byte with an empty stack and no buffer
+//     (wait), borrows one from a pool when there is something to read, and
+//     gives it back when that is read. github.com/coder/websocket reads the
+//     frames.
+//   - Writing: nobody waits. Whoever has something for a connection, most often
+//     the goroutine that reads the other side, takes the write turn (wake) and
+//     writes without blocking. Only when the socket would block does a
+//     goroutine come into being, until everything is written.
+//   - One timer pings, notices silence, and ends a close that the peer does not
+//     answer.
+//
+// Frames are written by hand, RFC 6455 section 5.2, because the library locks
+// and flushes for each, while one write here often carries many.
+
+// Bounds of a connection.
+const (
+	messageTimeout = 30 * time.Second // from the first byte of a message to its last
+	stallTimeout   = 10 * time.Second // in which the socket must take some byte
+	closeGrace     = time.Second      // for the peer to answer a close frame
+	answerBytes    = 64 << 10         // answers not yet written; past them nothing more is read
+	takeFrames     = 32               // frames taken from the mailbox at once
+)
+
+// connOptions are what all connections of a server share.
+type connOptions struct {
+	heartbeat           time.Duration
+	maxMessage          int // bytes
+	readSize, writeSize int // bytes of the borrowed buffers
+	buffers             *bufferPool
+	outboxes            *sync.Pool
+	queued              *budget
+	metrics             *metrics
+	start               time.Time // when the server started; times are counted from it
+	tasks               *sync.WaitGroup
+}
+
+// A source is what a connection writes besides answers. Its methods are called
+// by whoever has the write turn, and must not wait.
+type source interface {
+	// take appends what waits to buf, up to its capacity and about budget bytes,
+	// and reports whether there may be more.
+	take(buf []frame, budget int) (taken []frame, more bool)
+	// appendPresence appends the messages that tell the client of e, if any.
+	appendPresence(dst []byte, e event) []byte
+}
+
+// A conn is a WebSocket connection: frames in, frames out, heartbeats, close.
+type conn struct {
+	// static after construction
+	*connOptions
+	src source
+
+	// static once started
+	net net.Conn
+	sys syscall.RawConn // nil where the socket cannot be polled: TLS, tests
+	ws  *websocket.Conn
+	br  *bufio.Reader // the library's
+
+	// for the reading goroutine
+	in        *buffer // what was read and not consumed: in.b[inFrom:inTo]
+	inFrom    int
+	inTo      int
+	one       [1]byte // where a byte is waited for that cannot be polled for
+	poll      func(fd uintptr) bool
+	pollErr   error
+	readErr   error // of the socket, when the library's reading failed for it
+	boundary  bool  // the library stands between two messages
+	inMessage bool  // a message has begun and not ended
+	deadline  bool  // a read deadline is set
+
+	lastByte atomic.Int64 // when something was read, since start
+	paused   atomic.Bool  // not reading, because someone is slow to
+	flooded  atomic.Bool  // there are more answers than should wait
+	turn     atomic.Int32 // the write turn: turnFree, turnTaken, turnAgain
+
+	mu sync.Mutex
+	// guarded by mu
+	started  bool
+	answers  []byte // encoded frames that go ahead of the source's
+	closed   closeCode
+	gate     chan struct{}
+	timer    *time.Timer
+	pingedAt int64 // when the ping was sent that has no pong yet, or 0
+	closeBy  int64 // when a close must be over
+}
+
+// The states of the write turn. A connection begins with it taken, until it is
+// started.
+const (
+	turnTaken int32 = iota
+	turnAgain       // taken, and there is something new to write
+	turnFree
+)
+
+// errIdle tells that the library wants to begin a message and there is none.
+var errIdle = errors.New("no message has begun")
+
+// A hijacker gives the library a connection with buffers of its own choice: it
+// keeps those that it gets, and net/http's are 4 KiB each.
+type hijacker struct {
+	http.ResponseWriter
+	c *conn
+}
+
+// The library's own buffers: one for a frame's header, one for a control frame.
+const (
+	headerBuffer  = 16
+	controlBuffer = 128
+)
+
+func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	nc, brw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	c := h.c
+	c.net = nc
+	if n := brw.Reader.Buffered(); n > 0 {
+		early, _ := brw.Reader.Peek(n)
+		c.in = c.buffers.get(n)
+		c.inTo = copy(c.in.b, early)
+	}
+	if pollable, ok := nc.(syscall.Conn); ok && canPoll {
+		if c.sys, err = pollable.SyscallConn(); err != nil {
+			return nil, nil, err
+		}
+	}
+	c.br = bufio.NewReaderSize(stream{nc, c}, headerBuffer)
+	return stream{nc, c}, bufio.NewReadWriter(c.br, bufio.NewWriterSize(stream{nc, c}, controlBuffer)), nil
+}
+
+// accept upgrades the request. subprotocol is what to agree to, or "".
+func (c *conn) accept(w http.ResponseWriter, r *http.Request, subprotocol string) error {
+	options := websocket.AcceptOptions{
+		InsecureSkipVerify: true, // the origin has been checked
+		CompressionMode:    websocket.CompressionDisabled,
+		OnPingReceived:     func(context.Context, []byte) bool { c.controlRead(); return true },
+		OnPongReceived:     func(_ context.Context, payload []byte) { c.controlRead(); c.pong(payload) },
+	}
+	if subprotocol != "" {
+		options.Subprotocols = []string{subprotocol}
+	}
+	ws, err := websocket.Accept(hijacker{w, c}, r, &options)
+	if err != nil {
+		if c.net != nil {
+			c.net.Close()
+		}
+		return err
+	}
+	ws.SetReadLimit(int64(c.maxMessage))
+	c.ws = ws
+	c.poll = c.pollRead
+	return nil
+}
+
+// begin starts the connection after accept: first is written before anything
+// else.
+func (c *conn) begin(first []byte) {
+	c.touch()
+	c.mu.Lock()
+	c.answers = append(first, c.answers...)
+	c.started = true
+	if c.timer = time.AfterFunc(c.heartbeat, c.beat); c.closed != 0 { // while we were accepting
+		c.kick()
+		c.timer.Reset(closeGrace)
+	}
+	c.mu.Unlock()
+	c.write()
+}
+
+// A stream is the connection as the library sees it.
+type stream struct {
+	net.Conn
+	c *conn
+}
+
+func (s stream) Read(p []byte) (int, error)  { return s.c.read(p) }
+func (s stream) Write(p []byte) (int, error) { return s.c.writeControl(p) }
+
+// Close does nothing: the connection is closed by run, after the close frame.
+func (s stream) Close() error { return nil }
+
+// now is the time since the server started, in nanoseconds.
+func (o *connOptions) now() int64 { return int64(time.Since(o.start)) }
+
+func (c *conn) touch() { c.lastByte.Store(c.now()) }
+
+// --- Reading.
+
+// buffered reports whether bytes of a next message have been read already.
+func (c *conn) buffered() bool { return c.inFrom < c.inTo || c.br.Buffered() > 0 }
+
+// wait returns when there is something to read. It runs with as little stack
+// as it can, for this is where an idle connection is.
+func (c *conn) wait() error {
+	if c.buffered() {
+		return nil
+	}
+	if c.sys != nil {
+		if err := c.sys.Read(c.poll); err != nil {
+			return err
+		}
+		return c.pollErr
+	}
+	if _, err := c.net.Read(c.one[:]); err != nil {
+		return err
+	}
+	c.in = c.buffers.get(c.readSize)
+	c.in.b[0], c.inFrom, c.inTo = c.one[0], 0, 1
+	c.touch()
+	return nil
+}
+
+// pollRead reads what is there into a borrowed buffer. It returns false when
+// there is nothing yet, to be called again when there is.
+func (c *conn) pollRead(fd uintptr) bool {
+	buf := c.buffers.get(c.readSize)
+	n, err := sysRead(fd, buf.b[:c.readSize])
+	if wouldBlock(err) {
+		buf.free()
+		return false
+	}
+	if n <= 0 {
+		buf.free()
+		if c.pollErr = err; err == nil {
+			c.pollErr = io.EOF
+		}
+		return true
+	}
+	c.in, c.inFrom, c.inTo, c.pollErr = buf, 0, n, nil
+	c.touch()
+	return true
+}
+
+// read gives the library bytes. Within a message it waits for them, until the
+// message has taken too long.
+func (c *conn) read(p []byte) (int, error) {
+	if c.inFrom == c.inTo {
+		if c.boundary {
+			c.boundary = false
+			return 0, errIdle
+		}
+		if !c.deadline {
+			c.deadline = true
+			c.net.SetReadDeadline(time.Now().Add(messageTimeout))
+			if c.closing() != 0 { // whose kick we have just undone
+				return 0, os.ErrDeadlineExceeded
+			}
+		}
+		if err := c.wait(); err != nil {
+			c.readErr = err
+			return 0, err
+		}
+	}
+	n := copy(p, c.in.b[c.inFrom:c.inTo])
+	c.inFrom += n
+	c.boundary = false
+	if c.inFrom == c.inTo {
+		c.in.free()
+		c.in = nil
+	}
+	return n, nil
+}
+
+// controlRead notes that the library has read a whole control frame. If nothing
+// is buffered behind it, it stands between two messages, or between two frames
+// of one: only in the first case does it come back for more with an open reader.
+func (c *conn) controlRead() { c.boundary = !c.inMessage && c.br.Buffered() == 0 }
+
+// settle ends a message's deadline.
+func (c *conn) settle() {
+	if c.deadline {
+		c.deadline = false
+		c.net.SetReadDeadline(time.Time{})
+		if c.closing() != 0 {
+			c.kick()
+		}
+	}
+}
+
+// readMessage reads one message into a borrowed buffer, which grows with what
+// arrives. Control frames are answered on the way; when nothing but those came,
+// the buffer is nil.
+func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) {
+	typ, r, err := c.ws.Reader(context.Background())
+	if errors.Is(err, errIdle) {
+		return nil, nil, false, nil
+	} else if err != nil {
+		return nil, nil, false, err
+	}
+	c.inMessage = true
+	defer func() { c.inMessage = false }()
+	buf = c.buffers.get(firstBuffer)
+	n, counted := 0, 0
+	defer func() { c.queued.add(-counted) }()
+	for {
+		k, err := r.Read(buf.b[n:])
+		n += k
+		if err == io.EOF {
+			return buf, buf.b[:n], typ == websocket.MessageBinary, nil
+		} else if err != nil {
+			buf.free()
+			return nil, nil, false, err
+		}
+		if n == len(buf.b) {
+			more := c.buffers.get(2 * n)
+			copy(more.b, buf.b)
+			buf.free()
+			buf = more
+			c.queued.add(len(buf.b) - counted)
+			counted = len(buf.b)
+		}
+	}
+}
+
+// firstBuffer is the size of the buffer into which a message is read first.
+const firstBuffer = 1 << 10
+
+// pause waits as long as held says, or too many answers are unread. held is
+// asked again whenever the gate opens. Time spent here is no silence.
+func (c *conn) pause(held func() bool) {
+	for {
+		c.mu.Lock()
+		if c.closed != 0 {
+			c.mu.Unlock()
+			break
+		}
+		gate, full := make(chan struct{}), len(c.answers) > answerBytes
+		c.gate = gate
+		c.mu.Unlock()
+		c.paused.Store(true) // before held is asked: who changes the answer then opens the gate
+		if !full && !held() {
+			break
+		}
+		<-gate
+	}
+	c.touch()
+	c.paused.Store(false)
+}
+
+// openGate makes a paused reader look again.
+func (c *conn) openGate() {
+	if c.paused.Load() {
+		c.mu.Lock()
+		c.openGateLocked()
+		c.mu.Unlock()
+	}
+}
+
+func (c *conn) openGateLocked() {
+	if c.gate != nil {
+		close(c.gate)
+		c.gate = nil
+	}
+}
+
+// discard reads and drops what still comes, so that the peer can read our close
+// frame: a socket closed with bytes unread resets the connection. It returns
+// when the peer is done or the grace is over.
+func (c *conn) discard() {
+	c.net.SetReadDeadline(time.Time{})
+	buf := c.in
+	if buf == nil {
+		buf = c.buffers.get(c.readSize)
+	}
+	defer buf.free()
+	c.in = nil
+	for {
+		if _, err := c.net.Read(buf.b); err != nil {
+			return
+		}
+	}
+}
+
+// --- Writing.
+
+// An outbox is what the holder of the write turn works with.
+type outbox struct {
+	buf     []byte  // encoded messages, copied together
+	frames  []frame // taken from the source; those before next are written, or in buf
+	next    int
+	more    bool   // the source may have more
+	big     []byte // data of frames[next], too large to copy: goes after buf
+	tail    string // goes after big
+	partial bool   // big has gone, tail has not
+	rest    []byte // what of buf or big is being written
+
+	wrote int
+	err   error
+	try   func(fd uintptr) bool // write once
+	await func(fd uintptr) bool // write once the socket takes something
+}
+
+func newOutboxPool(size int) *sync.Pool {
+	return &sync.Pool{New: func() any {
+		o := &outbox{buf: make([]byte, 0, size), frames: make([]frame, 0, takeFrames), more: true}
+		o.try = func(fd uintptr) bool { o.attempt(fd); return true }
+		o.await = func(fd uintptr) bool { o.attempt(fd); return !wouldBlock(o.err) }
+		return o
+	}}
+}
+
+func (o *outbox) attempt(fd uintptr) { o.wrote, o.err = sysWrite(fd, o.rest) }
+
+// pop is done with the next frame.
+func (o *outbox) pop() {
+	o.frames[o.next].release()
+	o.next++
+}
+
+// drop is done with all frames.
+func (o *outbox) drop() {
+	for o.next < len(o.frames) {
+		o.pop()
+	}
+}
+
+// reset makes the outbox ready for another connection.
+func (o *outbox) reset() {
+	o.drop()
+	clear(o.frames)
+	o.buf, o.frames, o.next = o.buf[:0], o.frames[:0], 0
+	o.more, o.big, o.tail, o.partial, o.rest = true, nil, "", false, nil
+}
+
+// wake writes what is new, or leaves it to whoever is writing now. It never
+// blocks.
+func (c *conn) wake() {
+	for {
+		switch c.turn.Load() {
+		case turnFree:
+			if c.turn.CompareAndSwap(turnFree, turnTaken) {
+				c.write()
+				return
+			}
+		case turnTaken:
+			if c.turn.CompareAndSwap(turnTaken, turnAgain) {
+				return
+			}
+		case turnAgain:
+			return
+		}
+	}
+}
+
+// write writes all there is, with the turn held; when the socket would block,
+// it leaves the rest to a new goroutine.
+func (c *conn) write() {
+	o := c.outboxes.Get().(*outbox)
+	if blocked := c.writeAll(o, c.tryWrite); blocked {
+		c.tasks.Go(func() {
+			c.writeAll(o, c.awaitWrite)
+			c.putOutbox(o)
+		})
+		return
+	}
+	c.putOutbox(o)
+}
+
+// putOutbox gives o back, unless answers made it grow.
+func (c *conn) putOutbox(o *outbox) {
+	if o.reset(); cap(o.buf) <= 2*c.writeSize {
+		c.outboxes.Put(o)
+	}
+}
+
+// writeAll writes until there is nothing more to write, and gives the turn up,
+// or until put reports that it would block. After an error the connection is
+// over, and its turn stays taken.
+func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error)) (blocked bool) {
+	for {
+		for len(o.rest) > 0 {
+			blocked, err := put(o)
+			if blocked {
+				return true
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				c.abort(closeSlow)
+				return false
+			} else if err != nil {
+				c.abort(closeAbnormal)
+				return false
+			}
+		}
+		if c.fill(o) {
+			continue
+		}
+		if c.turn.CompareAndSwap(turnTaken, turnFree) {
+			return false
+		}
+		c.turn.Store(turnTaken)
+		o.more = true
+	}
+}
+
+// tryWrite writes some of o.rest, or reports that it would have to wait.
+func (c *conn) tryWrite(o *outbox) (blocked bool, err error) {
+	if c.sys == nil {
+		return true, nil
+	}
+	if err := c.sys.Write(o.try); err != nil {
+		return false, err
+	}
+	if wouldBlock(o.err) {
+		return true, nil
+	}
+	o.rest = o.rest[o.wrote:]
+	return false, o.err
+}
+
+// slowChunk is how much a socket that cannot be polled must take within
+// stallTimeout.
+const slowChunk = 4 << 10
+
+// awaitWrite writes some of o.rest as soon as the socket takes it, and fails if
+// it takes nothing for stallTimeout.
+func (c *conn) awaitWrite(o *outbox) (blocked bool, err error) {
+	c.net.SetWriteDeadline(time.Now().Add(stallTimeout))
+	defer c.net.SetWriteDeadline(time.Time{})
+	if c.sys == nil {
+		n, err := c.net.Write(o.rest[:min(len(o.rest), slowChunk)])
+		o.rest = o.rest[n:]
+		return false, err
+	}
+	if err := c.sys.Write(o.await); err != nil {
+		return false, err
+	}
+	o.rest = o.rest[o.wrote:]
+	return false, o.err
+}
+
+// fill sets o.rest to what goes next and reports whether there is anything:
+// answers first, then the source's frames, and after a close frame nothing.
+func (c *conn) fill(o *outbox) bool {
+	if o.big != nil {
+		o.rest, o.big, o.partial = o.big, nil, true
+		return true
+	}
+	o.buf = o.buf[:0]
+	if o.partial {
+		o.buf = append(o.buf, o.tail...)
+		o.partial = false
+		o.pop()
+	}
+	c.mu.Lock()
+	o.buf = append(o.buf, c.answers...)
+	c.answers = nil
+	closing := c.closed != 0
+	if c.flooded.Load() {
+		c.flooded.Store(false)
+		c.openGateLocked()
+	}
+	c.mu.Unlock()
+	if closing {
+		o.drop()
+	} else {
+		c.stage(o)
+	}
+	o.rest = o.buf
+	if closing && len(o.rest) == 0 {
+		c.closeWrite()
+	}
+	return len(o.rest) > 0
+}
+
+// stage puts frames of the source into o.buf, as many as there is room for.
+func (c *conn) stage(o *outbox) {
+	for {
+		if o.next == len(o.frames) {
+			room := cap(o.buf) - len(o.buf)
+			if !o.more || room < cap(o.buf)/4 {
+				return
+			}
+			o.frames, o.more = c.src.take(o.frames[:0], room)
+			if o.next = 0; len(o.frames) == 0 {
+				return
+			}
+		}
+		f := &o.frames[o.next]
+		if f.kind == kindPresence {
+			o.buf = c.src.appendPresence(o.buf, f.event)
+			o.pop()
+		} else if !c.stageMessage(o, f) {
+			return
+		}
+	}
+}
+
+// stageMessage puts f into o.buf, or only its beginning where it is too large
+// to copy. It reports whether there may be room for another.
+func (c *conn) stageMessage(o *outbox, f *frame) bool {
+	var scratch [maxDeliverHead]byte
+	head, tail, typ := scratch[:0], "", f.typ
+	if f.kind == kindMail {
+		head, tail, typ = appendDeliverHead(head, f), deliverTail, typeDeliver
+	}
+	size := len(head) + len(f.data) + len(tail)
+	fits := len(o.buf)+maxHeader+size <= cap(o.buf)
+	if !fits && len(o.buf) > 0 {
+		return false
+	}
+	op := byte(opText)
+	if f.binary {
+		op = opBinary
+	}
+	o.buf = append(appendHeader(o.buf, op, size), head...)
+	c.metrics.frameOut(typ, size)
+	if !fits {
+		o.big, o.tail = f.data, tail
+		return false
+	}
+	o.buf = append(append(o.buf, f.data...), tail...)
+	o.pop()
+	return true
+}
+
+// The opcodes the server writes, RFC 6455 section 5.2.
+const (
+	opText   = 1
+	opBinary = 2
+	opClose  = 8
+	opPing   = 9
+)
+
+// maxHeader is the longest header of a frame from a server, which is not masked.
+const maxHeader = 10
+
+// appendHeader appends the header of a final frame with size bytes of payload.
+func appendHeader(dst []byte, op byte, size int) []byte {
+	const fin = 0x80
+	dst = append(dst, fin|op)
+	switch {
+	case size < 126:
+		return append(dst, byte(size))
+	case size < 1<<16:
+		return binary.BigEndian.AppendUint16(append(dst, 126), uint16(size))
+	default:
+		return binary.BigEndian.AppendUint64(append(dst, 127), uint64(size))
+	}
+}
+
+// appendText appends a whole text message.
+func appendText[T string | []byte](dst []byte, text T) []byte {
+	return append(appendHeader(dst, opText, len(text)), text...)
+}
+
+// answer writes a text message of the server's own, before what the source has.
+func (c *conn) answer(typ frameType, text []byte) {
+	c.metrics.frameOut(typ, len(text))
+	c.mu.Lock()
+	if c.closed == 0 {
+		c.answers = appendText(c.answers, text)
+		c.flooded.Store(len(c.answers) > answerBytes)
+	}
+	c.mu.Unlock()
+	c.wake()
+}
+
+// writeControl takes a control frame of the library. Pongs are answers, and
+// one too many is left out, as RFC 6455 section 5.5.3 allows. Close frames are
+// close's to write, which knows more of why.
+func (c *conn) writeControl(p []byte) (int, error) {
+	if p[0]&0x0f != opClose {
+		c.mu.Lock()
+		if c.closed == 0 && len(c.answers) <= answerBytes {
+			c.answers = append(c.answers, p...)
+			c.flooded.Store(len(c.answers) > answerBytes)
+		}
+		c.mu.Unlock()
+		c.wake()
+	}
+	return len(p), nil
+}
+
+// --- Life and death.
+
+// beat is the timer: it pings, drops a silent connection, and ends a close that
+// the peer has not answered in time.
+func (c *conn) beat() {
+	now := c.now()
+	c.mu.Lock()
+	switch {
+	case c.closed != 0:
+		defer c.mu.Unlock()
+		if left := c.closeBy - now; left > 0 {
+			c.timer.Reset(time.Duration(left))
+			return
+		}
+		c.net.Close() // not aborted: perhaps the close frame is on its way
+	case !c.paused.Load() && now-c.lastByte.Load() >= int64(2*c.heartbeat):
+		c.mu.Unlock()
+		c.abort(closeAbnormal)
+	default:
+		c.pingedAt = now
+		c.answers = appendHeader(c.answers, opPing, 8)
+		c.answers = binary.BigEndian.AppendUint64(c.answers, uint64(now))
+		c.timer.Reset(c.heartbeat)
+		c.mu.Unlock()
+		c.wake()
+	}
+}
+
+// pong takes the answer to a ping.
+func (c *conn) pong(payload []byte) {
+	if len(payload) != 8 {
+		return
+	}
+	at := int64(binary.BigEndian.Uint64(payload))
+	c.mu.Lock()
+	ours := at == c.pingedAt && at != 0
+	c.pingedAt = 0
+	c.mu.Unlock()
+	if ours {
+		c.metrics.rtt.Observe(time.Duration(c.now() - at).Seconds())
+	}
+}
+
+// close writes a close frame behind what is being written and ends the
+// connection once the peer has read it, or after closeGrace. Only the first
+// close, or abort, counts. The reading goroutine is made to look.
+func (c *conn) close(code closeCode, reason string) {
+	c.mu.Lock()
+	if c.closed != 0 {
+		c.mu.Unlock()
+		return
+	}
+	c.closed = code
+	c.closeBy = c.now() + int64(closeGrace)
+	if code == closeNoStatus {
+		c.answers = appendHeader(c.answers, opClose, 0)
+	} else {
+		c.answers = appendHeader(c.answers, opClose, 2+len(reason))
+		c.answers = binary.BigEndian.AppendUint16(c.answers, uint16(code))
+		c.answers = append(c.answers, reason...)
+	}
+	c.openGateLocked()
+	if c.started {
+		c.kick()
+		c.timer.Reset(closeGrace)
+	}
+	c.mu.Unlock()
+	c.wake()
+}
+
+// abort ends the connection at once; code is only counted. The socket is reset,
+// for a close would leave what a slow reader has not taken with the kernel, and
+// the reader would learn nothing.
+func (c *conn) abort(code closeCode) {
+	c.mu.Lock()
+	if c.closed == 0 {
+		c.closed = code
+	}
+	c.openGateLocked()
+	started := c.started
+	c.mu.Unlock()
+	if started {
+		if tcp, ok := c.net.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		c.net.Close()
+	}
+}
+
+// closing returns the code the connection is closing with, or 0.
+func (c *conn) closing() closeCode {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
+// kick makes the reading goroutine return from the socket.
+func (c *conn) kick() { c.net.SetReadDeadline(time.Unix(1, 0)) }
+
+// closeWrite tells the peer that nothing comes after the close frame. It may
+// still answer.
+func (c *conn) closeWrite() {
+	if half, ok := c.net.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+}
+
+// finish ends what is left of the connection, on the reading goroutine.
+func (c *conn) finish() {
+	if c.closing() != 0 {
+		c.discard()
+	}
+	c.net.Close()
+	c.timer.Stop()
+	c.ws.CloseNow() // only ends its finalizer
+	if c.in != nil {
+		c.in.free()
+		c.in = nil
+	}
+}

@@ -1,0 +1,315 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// A testServer is a whole server, with its code table, hub and HTTP server, on
+// an in-memory network. It belongs in a synctest bubble.
+type testServer struct {
+	*server
+	t      testing.TB
+	memory *memoryHub
+	table  *codeTable
+	net    *memListener
+	web    *http.Server
+	http   *http.Client
+	log    *lockedBuffer
+	served chan error
+	stop   func()
+}
+
+// newTestServer starts a server configured by settings such as "ROOM_TTL=1m".
+// When the test ends it is drained, and its invariants are checked.
+func newTestServer(t testing.TB, settings ...string) *testServer {
+	t.Helper()
+	cfg, err := loadConfig(nil, lookupIn(settings))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts := &testServer{t: t, net: newMemListener(), log: new(lockedBuffer), served: make(chan error, 1)}
+	ts.server = newParley(cfg, slog.New(slog.NewTextHandler(ts.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	ts.memory, ts.table = ts.hub.(*memoryHub), ts.codes.(*codeTable)
+	ts.web = ts.newHTTPServer(ts.handler())
+	ts.http = ts.clientFrom("127.0.0.1")
+	go func() { ts.served <- ts.web.Serve(ts.net) }()
+	ctx, cancel := context.WithCancel(context.Background())
+	var background sync.WaitGroup
+	background.Go(func() { ts.run(ctx) })
+	ts.stop = sync.OnceFunc(func() {
+		checkInvariants(t, ts)
+		if err := ts.shutdown(ts.web, ts.served); err != nil {
+			t.Error("shutdown:", err)
+		}
+		cancel()
+		background.Wait()
+		ts.http.CloseIdleConnections()
+	})
+	t.Cleanup(ts.stop)
+	return ts
+}
+
+// checkInvariants checks what must hold at every moment.
+func checkInvariants(t testing.TB, ts *testServer) {
+	t.Helper()
+	if err := errors.Join(ts.memory.invariants(), ts.table.invariants()); err != nil {
+		t.Error("invariants:", err)
+	}
+}
+
+// lookupIn looks variables up in settings of the form NAME=value.
+func lookupIn(settings []string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		for _, s := range settings {
+			if k, v, _ := strings.Cut(s, "="); k == name {
+				return v, true
+			}
+		}
+		return "", false
+	}
+}
+
+// clientFrom returns an HTTP client whose connections come from ip.
+func (ts *testServer) clientFrom(ip string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return ts.net.dialFrom(ip) },
+	}}
+}
+
+// A httpAnswer is an answer to an API call.
+type httpAnswer struct {
+	status int
+	header http.Header
+	text   string
+	Error  string
+	Code   string
+	AppID  string
+	Expiry time.Time `json:"expiresAt"`
+}
+
+// post sends body as JSON.
+func (ts *testServer) post(path, body string) httpAnswer {
+	return ts.call(http.MethodPost, path, body, "Content-Type: application/json")
+}
+
+// call makes an API call with headers of the form "Name: value".
+func (ts *testServer) call(method, path, body string, headers ...string) httpAnswer {
+	ts.t.Helper()
+	req, err := http.NewRequest(method, "http://parley.test"+path, strings.NewReader(body))
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	for _, h := range headers {
+		k, v, _ := strings.Cut(h, ": ")
+		if k == "Host" {
+			req.Host = v
+		} else {
+			req.Header.Add(k, v)
+		}
+	}
+	res, err := ts.http.Do(req)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	a := httpAnswer{status: res.StatusCode, header: res.Header, text: string(text)}
+	json.Unmarshal(text, &a) // not every answer is JSON
+	return a
+}
+
+// mint mints a code.
+func (ts *testServer) mint() (code, appID string) {
+	ts.t.Helper()
+	a := ts.post("/rendezvous/code", "")
+	if a.status != http.StatusOK {
+		ts.t.Fatalf("mint: %d %s", a.status, a.text)
+	}
+	return a.Code, a.AppID
+}
+
+// A wsClient is a WebSocket client that keeps everything it receives.
+type wsClient struct {
+	t    testing.TB
+	conn *websocket.Conn
+
+	mu       sync.Mutex
+	received []string // guarded by mu
+	binary   []bool   // guarded by mu
+	err      error    // guarded by mu: why reading ended
+	done     chan struct{}
+}
+
+// A wsDial says how to open a WebSocket.
+type wsDial struct {
+	appID, side, sid string
+	v1               bool
+	from             string // source address
+	header           http.Header
+}
+
+func (d wsDial) url() string {
+	q := url.Values{"appID": {d.appID}, "side": {d.side}}
+	if d.sid != "" {
+		q.Set("sid", d.sid)
+	}
+	return "ws://parley.test/ws?" + q.Encode()
+}
+
+// dial opens a WebSocket; a refusal is returned with the HTTP answer.
+func (ts *testServer) dial(d wsDial) (*wsClient, *http.Response, error) {
+	ts.t.Helper()
+	o := websocket.DialOptions{HTTPClient: ts.http, HTTPHeader: d.header}
+	if d.from != "" {
+		o.HTTPClient = ts.clientFrom(d.from)
+	}
+	if d.v1 {
+		o.Subprotocols = []string{subprotocolV1}
+	}
+	ws, res, err := websocket.Dial(context.Background(), d.url(), &o)
+	if err != nil {
+		return nil, res, err
+	}
+	ws.SetReadLimit(-1)
+	c := &wsClient{t: ts.t, conn: ws, done: make(chan struct{})}
+	go c.read()
+	ts.t.Cleanup(func() { c.drop() })
+	return c, res, nil
+}
+
+// join opens a WebSocket and fails the test if that is refused.
+func (ts *testServer) join(d wsDial) *wsClient {
+	ts.t.Helper()
+	c, res, err := ts.dial(d)
+	if err != nil {
+		body := ""
+		if res != nil && res.Body != nil {
+			b, _ := io.ReadAll(res.Body)
+			body = string(b)
+		}
+		ts.t.Fatalf("dial %s: %v %s", d.side, err, body)
+	}
+	return c
+}
+
+func (c *wsClient) read() {
+	defer close(c.done)
+	for {
+		typ, data, err := c.conn.Read(context.Background())
+		c.mu.Lock()
+		if err != nil {
+			c.err = err
+			c.mu.Unlock()
+			return
+		}
+		c.received = append(c.received, string(data))
+		c.binary = append(c.binary, typ == websocket.MessageBinary)
+		c.mu.Unlock()
+	}
+}
+
+// send sends a text message.
+func (c *wsClient) send(text string) {
+	c.t.Helper()
+	if err := c.conn.Write(context.Background(), websocket.MessageText, []byte(text)); err != nil {
+		c.t.Errorf("send %.80s: %v", text, err)
+	}
+}
+
+func (c *wsClient) sendf(format string, args ...any) { c.send(fmt.Sprintf(format, args...)) }
+
+// take returns what was received since the last take. In a bubble, call it
+// after synctest.Wait.
+func (c *wsClient) take() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	got := c.received
+	c.received, c.binary = nil, nil
+	return got
+}
+
+// settled waits until nothing in the bubble can go on without the clock, and
+// returns what was received since the last take.
+func (c *wsClient) settled() []string {
+	synctest.Wait()
+	return c.take()
+}
+
+// want fails unless exactly these messages have been received since the last
+// take, once everything has settled.
+func (c *wsClient) want(messages ...string) {
+	c.t.Helper()
+	if got := c.settled(); strings.Join(got, "\n") != strings.Join(messages, "\n") {
+		c.t.Errorf("received\n\t%s\nwant\n\t%s", strings.Join(got, "\n\t"), strings.Join(messages, "\n\t"))
+	}
+}
+
+// leave closes with code and waits for the close handshake.
+func (c *wsClient) leave(code websocket.StatusCode) {
+	c.conn.Close(code, "")
+	<-c.done
+}
+
+// drop ends the connection without a close frame.
+func (c *wsClient) drop() {
+	c.conn.CloseNow()
+	<-c.done
+}
+
+// closed waits for the end of the connection and returns the server's close
+// code and reason, or -1.
+func (c *wsClient) closed() (websocket.StatusCode, string) {
+	<-c.done
+	var e websocket.CloseError
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errors.As(c.err, &e) {
+		return e.Code, e.Reason
+	}
+	return -1, ""
+}
+
+// wantClosed fails unless the server closes with this code and reason.
+func (c *wsClient) wantClosed(code closeCode, reason string) {
+	c.t.Helper()
+	if got, why := c.closed(); closeCode(got) != code || why != reason {
+		c.t.Errorf("closed with %d %q, want %d %q", got, why, code, reason)
+	}
+}
+
+// lockedBuffer is a bytes.Buffer for concurrent use.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}

@@ -1,0 +1,137 @@
+// Command parley introduces two devices to each other: it mints short
+// single-use codes, and relays the WebRTC signaling of the two that share one.
+//
+// # For the operator
+//
+// Everything is configured by environment variables or flags; parley -h lists
+// them. With none it listens on port 1234, keeps all in memory, and accepts
+// any browser origin, which is for development: set DEV=false and CORS_ORIGINS
+// for everything else.
+//
+// It prints where it listens on standard output, and logs on standard error. It
+// exits with status 2 when the configuration is wrong, having named everything
+// that is; with 1 when it cannot go on, for example because the port is taken;
+// and with 0 when it was told to stop.
+//
+// SIGTERM or SIGINT begins to drain: /readyz turns 503, nothing new is taken,
+// every WebSocket is closed with 1001, and the process is gone within
+// DRAIN_TIMEOUT. A second signal ends it at once.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync"
+	"syscall"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+}
+
+// run is main with its surroundings as parameters. It returns the exit status.
+func run(args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	cfg, err := loadConfig(args, lookup)
+	if errors.Is(err, flag.ErrHelp) {
+		writeUsage(stdout)
+		return 0
+	} else if err != nil {
+		fmt.Fprintln(stderr, err)
+		return 2
+	}
+	log := newLogger(cfg, stderr)
+	log.LogAttrs(context.Background(), slog.LevelInfo, "starting", append([]slog.Attr{slog.String("version", buildVersion().Version)}, cfg.logAttrs()...)...)
+	for _, w := range cfg.warnings() {
+		log.Warn(w)
+	}
+
+	stopping := make(chan os.Signal, 2)
+	signal.Notify(stopping, syscall.SIGTERM, os.Interrupt)
+	defer signal.Stop(stopping)
+	if err := serve(cfg, log, stdout, stopping); err != nil {
+		log.Error("stopped", "error", err)
+		return 1
+	}
+	return 0
+}
+
+func newLogger(cfg *config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// serve runs a server until stopping receives a signal, or something fails.
+func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.Signal) error {
+	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, strconv.Itoa(cfg.port)))
+	if err != nil {
+		return err
+	}
+	p := newParley(cfg, log)
+	web := p.newHTTPServer(p.handler())
+	failed := make(chan error, 1)
+	go func() { failed <- web.Serve(listener) }()
+	background, stopBackground := context.WithCancel(context.Background())
+	var tasks sync.WaitGroup
+	tasks.Go(func() { p.run(background) })
+	defer tasks.Wait()
+	defer stopBackground()
+	announce(stdout, cfg, listener.Addr())
+
+	select {
+	case err := <-failed:
+		return err
+	case sig := <-stopping:
+		log.Info("draining", "signal", sig.String(), "timeout", cfg.drainTimeout)
+	}
+	go func() {
+		<-stopping
+		log.Warn("second signal: exiting at once")
+		os.Exit(1)
+	}()
+	return p.shutdown(web, failed)
+}
+
+// announce says where the server listens and what to try first.
+func announce(w io.Writer, cfg *config, addr net.Addr) {
+	host, port, _ := net.SplitHostPort(addr.String())
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	url := "http://" + net.JoinHostPort(host, port)
+	fmt.Fprintf(w, "parley %s listens on %s\ntry: curl -fsS -X POST %s/rendezvous/code\n", buildVersion().Version, url, url)
+}
+
+// newParley puts a server together with everything in this process's memory.
+func newParley(cfg *config, log *slog.Logger) *server {
+	m := newMetrics()
+	queued := &budget{limit: cfg.maxQueuedBytes}
+	table := newCodeTable(codeOptions{
+		digits: cfg.codeDigits, maxDigits: cfg.codeDigitsMax,
+		grown: func(digits int) { log.Info("new codes have another length", "digits", digits) },
+	})
+	h := newMemoryHub(hubOptions{
+		maxSessions: cfg.maxSessions,
+		sessionTTL:  cfg.sessionTTL,
+		resumeTTL:   cfg.resumeTTL,
+		holdBytes:   max(1<<20, 2*cfg.maxMessage),
+		queued:      queued,
+		dropped:     m.drop,
+	})
+	m.watch(gauges{
+		codes:    table.stats,
+		sessions: func() int { return int(h.sessions.Load()) },
+		queued:   queued.used.Load,
+	})
+	return newServer(cfg, log, m, h, table, queued)
+}

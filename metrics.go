@@ -1,0 +1,192 @@
+package main
+
+import (
+	"net/http"
+	"strconv"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics are a server's collectors, in a registry of its own, so that two
+// servers in one process never collide. Label values come from closed sets and
+// their series exist from the start, at zero; a labelled collector is kept as a
+// map from value to series, whose zero-sized misses cannot create another.
+type metrics struct {
+	registry *prometheus.Registry
+
+	codesMinted prometheus.Counter
+	redeems     map[redeemResult]prometheus.Counter
+
+	connections prometheus.Gauge
+	connects    prometheus.Counter
+	closes      map[string]prometheus.Counter
+	frames      [2][numFrameTypes]prometheus.Counter // by direction
+	frameBytes  [2]prometheus.Counter
+	dropped     [numDropReasons]prometheus.Counter
+	resumes     [numResumeResults]prometheus.Counter
+	rtt         prometheus.Histogram
+
+	timeToFirst prometheus.Histogram
+	established map[string]prometheus.Counter
+	failed      map[string]prometheus.Counter
+}
+
+// otherLabel is counted in place of whatever is not in a closed set.
+const otherLabel = "other"
+
+// Directions of a frame, as indexes.
+const (
+	in = iota
+	out
+)
+
+// A redeemResult is how a redeem ended.
+type redeemResult string
+
+const (
+	redeemOK   redeemResult = "ok"
+	redeemGone redeemResult = "gone"
+	redeemBad  redeemResult = "bad"
+)
+
+// A resumeResult is how a return to a claimed seat ended.
+type resumeResult uint8
+
+const (
+	resumeBack resumeResult = iota
+	resumeTakeover
+	resumeRefused
+	numResumeResults
+)
+
+func (r resumeResult) String() string {
+	return [numResumeResults]string{"resumed", "takeover", "refused"}[r]
+}
+
+// newMetrics returns the collectors of one server.
+func newMetrics() *metrics {
+	m := &metrics{registry: prometheus.NewRegistry()}
+	m.registry.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	make := promauto.With(m.registry)
+	counter := func(name, help string) prometheus.Counter {
+		return make.NewCounter(prometheus.CounterOpts{Namespace: "parley", Name: name, Help: help})
+	}
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return make.NewCounterVec(prometheus.CounterOpts{Namespace: "parley", Name: name, Help: help}, labels)
+	}
+
+	m.codesMinted = counter("codes_minted_total", "Codes minted.")
+	redeems := counters("redeems_total", "Attempts to redeem a code.", "result")
+	m.redeems = map[redeemResult]prometheus.Counter{}
+	for _, r := range []redeemResult{redeemOK, redeemGone, redeemBad} {
+		m.redeems[r] = redeems.WithLabelValues(string(r))
+	}
+
+	m.connections = make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "ws_connections", Help: "WebSocket connections that are open."})
+	m.connects = counter("ws_connections_total", "WebSocket connections opened.")
+	var codes []string
+	for _, c := range closeCodes() {
+		codes = append(codes, c.String())
+	}
+	m.closes = series(counters("ws_closes_total", "WebSocket connections closed, by close code.", "code"), codes...)
+
+	frames := counters("frames_total", "Frames received from (in) and written to (out) clients.", "type", "direction")
+	frameBytes := counters("frame_bytes", "Bytes of those frames.", "direction")
+	for direction, name := range []string{in: "in", out: "out"} {
+		m.frameBytes[direction] = frameBytes.WithLabelValues(name)
+		for t := range numFrameTypes {
+			m.frames[direction][t] = frames.WithLabelValues(t.String(), name)
+		}
+	}
+	dropped := counters("frames_dropped_total", "Frames refused, or accepted and not delivered.", "reason")
+	for r := range numDropReasons {
+		m.dropped[r] = dropped.WithLabelValues(r.String())
+	}
+	resumes := counters("resumes_total", "Returns to a claimed seat.", "result")
+	for r := range numResumeResults {
+		m.resumes[r] = resumes.WithLabelValues(r.String())
+	}
+	m.rtt = make.NewHistogram(prometheus.HistogramOpts{
+		Namespace: "parley", Name: "ws_rtt_seconds", Help: "Round trips of WebSocket pings.",
+		Buckets: prometheus.ExponentialBuckets(.0005, 2, 14),
+	})
+
+	m.timeToFirst = make.NewHistogram(prometheus.HistogramOpts{
+		Namespace: "parley", Name: "time_to_first_seconds", Help: "From both peers being here to their own connection.",
+		Buckets: []float64{.1, .25, .5, 1, 2, 3, 5, 8, 13, 20, 30, 60},
+	})
+	// The modes are the candidate types of RFC 8445 and what they come down to.
+	m.established = series(counters("sessions_established_total", "Sessions whose peers report a connection of their own.", "mode"),
+		"direct", "relay", "host", "srflx", "prflx")
+	m.failed = series(counters("sessions_failed_total", "Sessions whose peers report that they failed to connect.", "reason"),
+		"timeout", "failed", "disconnected", "closed", "no-candidates")
+	return m
+}
+
+// series creates the series of v for each value, and for otherLabel.
+func series(v *prometheus.CounterVec, values ...string) map[string]prometheus.Counter {
+	s := map[string]prometheus.Counter{otherLabel: v.WithLabelValues(otherLabel)}
+	for _, value := range values {
+		s[value] = v.WithLabelValues(value)
+	}
+	return s
+}
+
+// pick returns the series for value, or for otherLabel.
+func pick(s map[string]prometheus.Counter, value string) prometheus.Counter {
+	if c, ok := s[value]; ok {
+		return c
+	}
+	return s[otherLabel]
+}
+
+// gauges are the numbers that are asked for when metrics are.
+type gauges struct {
+	codes    func() (active, digits int)
+	sessions func() int
+	queued   func() int64 // bytes
+}
+
+// watch adds the gauges, whose sources are made with the metrics in hand.
+func (m *metrics) watch(g gauges) {
+	make := promauto.With(m.registry)
+	gauge := func(name, help string, value func() float64) {
+		make.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "parley", Name: name, Help: help}, value)
+	}
+	gauge("codes_active", "Codes that are taken: minted, redeemed or not, and not expired.", func() float64 {
+		active, _ := g.codes()
+		return float64(active)
+	})
+	gauge("code_digits", "Digits of new codes.", func() float64 {
+		_, digits := g.codes()
+		return float64(digits)
+	})
+	gauge("sessions_active", "Sessions that are open.", func() float64 { return float64(g.sessions()) })
+	gauge("mailbox_bytes", "Bytes that wait in mailboxes and in half-received messages.", func() float64 { return float64(g.queued()) })
+	gauge("build_info", "Always 1; what is running is in the labels.", func() float64 { return 1 })
+}
+
+// frameIn counts a frame of n bytes from a client, frameOut one to a client.
+func (m *metrics) frameIn(t frameType, n int)  { m.frame(in, t, n) }
+func (m *metrics) frameOut(t frameType, n int) { m.frame(out, t, n) }
+
+func (m *metrics) frame(direction int, t frameType, n int) {
+	m.frames[direction][t].Inc()
+	m.frameBytes[direction].Add(float64(n))
+}
+
+func (m *metrics) closed(code closeCode) { pick(m.closes, code.String()).Inc() }
+
+func (c closeCode) String() string { return strconv.Itoa(int(c)) }
+
+func (m *metrics) drop(r dropReason, n int) { m.dropped[r].Add(float64(n)) }
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
+}

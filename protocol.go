@@ -1,0 +1,485 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// The pair protocol, as it is spoken on GET /ws?appID=<uuid>&side=A|B[&sid=…].
+//
+// Two clients that know one session's appID take its seats A and B. Each
+// WebSocket message is one JSON object with exactly one top-level "type".
+//
+//	A                         server                         B
+//	│ ── GET /ws side=A ──────▶ │                             │
+//	│ ── offer ───────────────▶ │ waits in B's mailbox        │
+//	│                           │ ◀────── GET /ws side=B ──── │
+//	│ ◀───────── room_full ──── │ ──── room_full ───────────▶ │
+//	│                           │ ──── offer ───────────────▶ │
+//	│ ◀──────────── answer ──── │ ◀─────────────── answer ─── │
+//	│ ◀─── ice ───────────────▶ │ ◀──────────────── ice ────▶ │
+//	│ ── send ────────────────▶ │ ──── deliver seq 1 ───────▶ │
+//	│ ◀──────────── queued ──── │          (B's network dies) │
+//	│ ── send ────────────────▶ │ waits in B's mailbox        │
+//	│                           │ ◀────── GET /ws side=B ──── │
+//	│                           │ ◀── hello deliveredUpTo 1 ─ │
+//	│                           │ ──── deliver seq 2 ───────▶ │
+//	│                           │ ◀──────── delivered 2 ───── │
+//
+// From a client:
+//
+//   - offer, answer, ice, sender_ready, bye: relayed to the other seat byte for
+//     byte with the same opcode, in order, at most once. For a seat nobody is
+//     connected to they wait, within bounds; past them the sender is told
+//     peer_absent.
+//   - send {to?, payload, id?}: mail. The payload waits in the mailbox of to, by
+//     default the other seat, until that acknowledges it. With an id, which
+//     counts up, the sender gets a receipt and may send again what it got none
+//     for: it is stored once.
+//   - hello {deliveredUpTo?}: "I have all mail up to this; now give me the rest".
+//   - delivered {upTo}, or {seq}: acknowledges mail.
+//   - ping {t?}: answered pong with the same t, because browsers cannot see
+//     protocol pings.
+//   - telemetry {event, mode?, reason?}: how the peers' own connection went; it
+//     only feeds metrics.
+//
+// From the server:
+//
+//   - deliver {seq, from, payload}: mail, in order, once a connection and again
+//     on the next until it is acknowledged. Where mail waits as a client
+//     attaches, it begins at the hello, or after helloTimeout for clients that
+//     never say it.
+//   - queued {id, seq}: the receipt.
+//   - room_full: a connection attached and now both seats are connected.
+//   - peer_left: the other seat has become free.
+//   - pong, and error {code, error, ref?}: an answer to one frame of this
+//     client; ref is that frame's id, or else its type.
+//
+// And only to clients that offer the subprotocol parley.v1:
+//
+//   - welcome: the first frame; who you are, and how the other seat is.
+//   - peer_joined {resumed, peerV?}: the other seat has a new connection;
+//     resumed when the same client is back. Comes before room_full.
+//   - peer_away: the other seat's connection was lost, and its holder may return.
+//   - code_contested: someone redeemed this session's code a second time.
+//
+// A frame that is not understood is answered with an error and otherwise
+// ignored: the connection stays up. Only bad UTF-8 in a text message ends it,
+// as RFC 6455 section 8.1 asks.
+
+// subprotocolV1 is the WebSocket subprotocol of clients that know parley.
+const subprotocolV1 = "parley.v1"
+
+// helloTimeout is how long mail waits for a client's hello.
+const helloTimeout = 2 * time.Second
+
+// A frameType is the value of a frame's top-level "type".
+type frameType uint8
+
+// The frame types, those a client may send first. typeUnknown stands for any
+// other; it is also the "other" of the metrics' type label.
+const (
+	typeUnknown frameType = iota
+	typeOffer
+	typeAnswer
+	typeIce
+	typeSenderReady
+	typeBye
+	typeSend
+	typeHello
+	typeDelivered
+	typePing
+	typeTelemetry
+	typeDeliver
+	typeQueued
+	typeRoomFull
+	typePeerLeft
+	typePong
+	typeError
+	typeWelcome
+	typePeerJoined
+	typePeerAway
+	typeCodeContested
+	numFrameTypes
+)
+
+func (t frameType) String() string {
+	return [numFrameTypes]string{
+		otherLabel, "offer", "answer", "ice", "sender_ready", "bye",
+		"send", "hello", "delivered", "ping", "telemetry",
+		"deliver", "queued", "room_full", "peer_left", "pong", "error",
+		"welcome", "peer_joined", "peer_away", "code_contested",
+	}[t]
+}
+
+// relayed reports whether the frame goes to the other seat as it is.
+func (t frameType) relayed() bool { return typeOffer <= t && t <= typeBye }
+
+// clientType returns the type a client means by name, or typeUnknown.
+func clientType(name []byte) frameType {
+	switch string(name) {
+	case "offer":
+		return typeOffer
+	case "answer":
+		return typeAnswer
+	case "ice":
+		return typeIce
+	case "sender_ready":
+		return typeSenderReady
+	case "bye":
+		return typeBye
+	case "send":
+		return typeSend
+	case "hello":
+		return typeHello
+	case "delivered":
+		return typeDelivered
+	case "ping":
+		return typePing
+	case "telemetry":
+		return typeTelemetry
+	}
+	return typeUnknown
+}
+
+// A closeCode ends a connection. 4000–4499 mean "come back later", 4500–4999
+// "do not"; the lower ones are those of RFC 6455 section 7.4.1.
+type closeCode uint16
+
+const (
+	closeNormal    closeCode = 1000
+	closeGoingAway closeCode = 1001
+	closeProtocol  closeCode = 1002
+	closeNoStatus  closeCode = 1005 // never on the wire: the client gave no code
+	closeAbnormal  closeCode = 1006 // never on the wire: the connection just ended
+	closeBadUTF8   closeCode = 1007
+	closeBusy      closeCode = 1008
+	closeTooBig    closeCode = 1009
+	closeInternal  closeCode = 1011
+	closeSlow      closeCode = 4408
+	closeCapacity  closeCode = 4413
+	closeTooMany   closeCode = 4429
+	closeReplaced  closeCode = 4500
+	closeUnknown   closeCode = 4504 // the session is unknown or has expired
+)
+
+// closeCodes lists those that closes are counted under.
+func closeCodes() []closeCode {
+	return []closeCode{
+		closeNormal, closeGoingAway, closeProtocol, closeNoStatus, closeAbnormal, closeBadUTF8, closeBusy,
+		closeTooBig, closeInternal, closeSlow, closeCapacity, closeTooMany, closeReplaced, closeUnknown,
+	}
+}
+
+// Limits of a client's frame that do not depend on the configuration.
+const (
+	maxNesting = 64  // levels of objects and arrays, the frame itself counted
+	maxPingT   = 256 // bytes of a ping's t
+	maxRef     = 64  // bytes of a type that an error frame repeats
+)
+
+// A frameError answers a client's frame: it becomes an error frame.
+type frameError struct {
+	code string // for machines: one of the codes of the error frame
+	text string // for people
+}
+
+func (e *frameError) Error() string { return e.text }
+
+// errBadUTF8 is what is wrong with bytes that are no text.
+var errBadUTF8 = errors.New("the frame is not valid UTF-8")
+
+func badFrame(format string, args ...any) *frameError {
+	return &frameError{"bad_frame", fmt.Sprintf(format, args...)}
+}
+
+// A message is a client's frame, decoded as far as the server looks into it.
+// Its slices point into the frame's own bytes.
+type message struct {
+	typ  frameType
+	name []byte // the type as the client wrote it, unescaped
+	id   uint64 // the frame's id, 0 when it has none that is a positive integer
+	raw  rawMembers
+}
+
+// rawMembers are the members that some type of frame gives a meaning to, each
+// as its JSON text and nil when absent.
+type rawMembers struct {
+	typ                      []byte
+	to, payload, id          []byte // send
+	deliveredUpTo, upTo, seq []byte // hello, delivered
+	event, mode, reason      []byte // telemetry
+	t                        []byte // ping
+}
+
+// member returns where the member called name is kept, or nil when no type of
+// frame knows it.
+func (m *rawMembers) member(name []byte) *[]byte {
+	switch string(name) {
+	case "type":
+		return &m.typ
+	case "to":
+		return &m.to
+	case "payload":
+		return &m.payload
+	case "id":
+		return &m.id
+	case "deliveredUpTo":
+		return &m.deliveredUpTo
+	case "upTo":
+		return &m.upTo
+	case "seq":
+		return &m.seq
+	case "event":
+		return &m.event
+	case "mode":
+		return &m.mode
+	case "reason":
+		return &m.reason
+	case "t":
+		return &m.t
+	}
+	return nil
+}
+
+// A frameDecoder decodes clients' frames. It exists to be pooled: decoding
+// allocates nothing but unescaped names.
+type frameDecoder struct {
+	input bytes.Buffer
+	json  *jsontext.Decoder
+}
+
+// newFrameDecoderPool returns a pool of decoders; a server has one of its own.
+func newFrameDecoderPool() *sync.Pool {
+	return &sync.Pool{New: func() any {
+		d := new(frameDecoder)
+		d.json = jsontext.NewDecoder(&d.input, frameOptions...)
+		return d
+	}}
+}
+
+// frameOptions: names are unique only where that matters, to decode itself,
+// and the bytes are known to be UTF-8 while escaped lone surrogates, which
+// JavaScript writes, are legal JSON (RFC 8259 section 8.2).
+var frameOptions = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
+
+// decode checks that data is one valid UTF-8 JSON object with exactly one
+// top-level type, at most maxNesting deep, and finds the members the server
+// knows, in one pass. The error is errBadUTF8 or a *frameError. An unknown type is no error
+// here: its meaning depends on who asks.
+func (d *frameDecoder) decode(data []byte) (message, error) {
+	var m message
+	if !utf8.Valid(data) {
+		return m, errBadUTF8
+	}
+	d.input = *bytes.NewBuffer(data)
+	d.json.Reset(&d.input, frameOptions...)
+	defer func() { d.input = bytes.Buffer{} }() // do not keep the frame alive
+
+	if d.json.PeekKind() != '{' {
+		return m, badFrame("the frame is not a JSON object")
+	}
+	if _, err := d.json.ReadToken(); err != nil {
+		return m, badJSON(err)
+	}
+	for d.json.PeekKind() == '"' {
+		if err := d.decodeMember(data, &m.raw); err != nil {
+			return message{}, err
+		}
+	}
+	if _, err := d.json.ReadToken(); err != nil {
+		return message{}, badJSON(err)
+	}
+	if rest := bytes.TrimLeft(data[d.json.InputOffset():], " \t\r\n"); len(rest) > 0 {
+		return message{}, badFrame("the frame goes on after its JSON object")
+	}
+	if nestedDeeper(data, maxNesting) {
+		return message{}, badFrame("the frame is nested more than %d deep", maxNesting)
+	}
+	name, ok := unquote(m.raw.typ)
+	if m.raw.typ == nil {
+		return message{}, badFrame(`the frame has no "type"`)
+	} else if !ok {
+		return message{}, badFrame(`the frame's "type" is not a string`)
+	}
+	m.name, m.typ = name, clientType(name)
+	m.id, _ = parseInteger(m.raw.id)
+	return m, nil
+}
+
+// decodeMember reads one top-level name and value.
+func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) error {
+	quoted, err := d.json.ReadValue()
+	if err != nil {
+		return badJSON(err)
+	}
+	name, _ := unquote(quoted)
+	known := raw.member(name)
+	if known == nil {
+		if err := d.json.SkipValue(); err != nil {
+			return badJSON(err)
+		}
+		return nil
+	}
+	if *known != nil {
+		return badFrame("the frame has more than one %q", name)
+	}
+	value, err := d.json.ReadValue()
+	if err != nil {
+		return badJSON(err)
+	}
+	end := int(d.json.InputOffset())
+	*known = data[end-len(value) : end]
+	return nil
+}
+
+func badJSON(err error) *frameError {
+	if syntactic, ok := errors.AsType[*jsontext.SyntacticError](err); ok {
+		return badFrame("the frame is not valid JSON: %v at byte %d", syntactic.Err, syntactic.ByteOffset)
+	}
+	return badFrame("the frame is not valid JSON: it ends too early")
+}
+
+// unquote returns the text of a JSON string; ok is false for any other value.
+func unquote(quoted []byte) (text []byte, ok bool) {
+	if len(quoted) < 2 || quoted[0] != '"' {
+		return nil, false
+	}
+	if bytes.IndexByte(quoted, '\\') < 0 {
+		return quoted[1 : len(quoted)-1], true
+	}
+	// The value has passed the decoder; lone surrogates become U+FFFD.
+	text, _ = jsontext.AppendUnquote(nil, quoted)
+	return text, true
+}
+
+// nestedDeeper reports whether valid JSON has more than max levels.
+func nestedDeeper(data []byte, max int) bool {
+	// Most frames have fewer brackets than levels allowed: two fast counts.
+	if bytes.Count(data, []byte{'{'})+bytes.Count(data, []byte{'['}) <= max {
+		return false
+	}
+	depth, inString := 0, false
+	for i := 0; i < len(data); i++ {
+		switch c := data[i]; {
+		case inString && c == '\\':
+			i++
+		case c == '"':
+			inString = !inString
+		case inString:
+		case c == '{' || c == '[':
+			if depth++; depth > max {
+				return true
+			}
+		case c == '}' || c == ']':
+			depth--
+		}
+	}
+	return false
+}
+
+// parseInteger returns the value of a JSON number without sign, fraction or
+// exponent, below 2^63.
+func parseInteger(raw []byte) (n uint64, ok bool) {
+	n, err := strconv.ParseUint(string(raw), 10, 63)
+	return n, err == nil
+}
+
+// The server's frames without parameters.
+const (
+	frameRoomFull      = `{"type":"room_full"}`
+	framePeerLeft      = `{"type":"peer_left"}`
+	framePeerAway      = `{"type":"peer_away"}`
+	frameCodeContested = `{"type":"code_contested"}`
+)
+
+// A deliver frame is a head, the payload as it was sent, and a tail.
+const (
+	maxDeliverHead = 96
+	deliverTail    = "}"
+)
+
+func appendDeliverHead(dst []byte, f *frame) []byte {
+	dst = append(dst, `{"type":"deliver","seq":`...)
+	dst = strconv.AppendUint(dst, f.seq, 10)
+	dst = append(dst, `,"from":"`...)
+	dst = append(dst, f.from...)
+	return append(dst, `","payload":`...)
+}
+
+// appendQueued appends the receipt for mail.
+func appendQueued(dst []byte, id, seq uint64) []byte {
+	dst = append(dst, `{"type":"queued","id":`...)
+	dst = strconv.AppendUint(dst, id, 10)
+	dst = append(dst, `,"seq":`...)
+	dst = strconv.AppendUint(dst, seq, 10)
+	return append(dst, '}')
+}
+
+// appendWelcome appends the first frame of a parley.v1 connection. A is the
+// impolite peer of perfect negotiation, B the polite one.
+func appendWelcome(dst []byte, side string, v view, heartbeat time.Duration, maxMessage int) []byte {
+	dst = append(dst, `{"type":"welcome","v":1,"side":"`...)
+	dst = append(dst, side...)
+	dst = append(dst, `","polite":`...)
+	dst = strconv.AppendBool(dst, side == "B")
+	dst = append(dst, `,"peer":"`...)
+	dst = append(dst, v.peer.String()...)
+	dst = append(dst, '"')
+	dst = appendPeerV(dst, v.peerV)
+	dst = append(dst, `,"heartbeat":`...)
+	dst = strconv.AppendInt(dst, heartbeat.Milliseconds(), 10)
+	dst = append(dst, `,"maxMessage":`...)
+	dst = strconv.AppendInt(dst, int64(maxMessage), 10)
+	return append(dst, '}')
+}
+
+func appendPeerJoined(dst []byte, e event) []byte {
+	dst = append(dst, `{"type":"peer_joined","resumed":`...)
+	dst = strconv.AppendBool(dst, e.resumed)
+	dst = appendPeerV(dst, e.peerV)
+	return append(dst, '}')
+}
+
+// appendPeerV appends the version the other client speaks, if it speaks one.
+func appendPeerV(dst []byte, v int) []byte {
+	if v == 0 {
+		return dst
+	}
+	return strconv.AppendInt(append(dst, `,"peerV":`...), int64(v), 10)
+}
+
+// appendPong appends the answer to a ping; t is JSON text or nil.
+func appendPong(dst, t []byte) []byte {
+	dst = append(dst, `{"type":"pong"`...)
+	if t != nil {
+		dst = append(dst, `,"t":`...)
+		dst = append(dst, t...)
+	}
+	return append(dst, '}')
+}
+
+// appendError appends the error frame that answers m with e. Of m it uses only
+// what does not lie in the frame's own bytes, unless the type is unknown.
+func appendError(dst []byte, m message, e *frameError) []byte {
+	dst = append(dst, `{"type":"error","code":"`...)
+	dst = append(dst, e.code...)
+	dst = append(dst, `","error":`...)
+	dst, _ = jsontext.AppendQuote(dst, e.text)
+	switch {
+	case m.id != 0:
+		dst = strconv.AppendUint(append(dst, `,"ref":`...), m.id, 10)
+	case m.typ != typeUnknown:
+		dst, _ = jsontext.AppendQuote(append(dst, `,"ref":`...), m.typ.String())
+	case m.name != nil && len(m.name) <= maxRef:
+		dst, _ = jsontext.AppendQuote(append(dst, `,"ref":`...), m.name)
+	}
+	return append(dst, '}')
+}

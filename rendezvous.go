@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"mime"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// mintCode is POST /rendezvous/code.
+func (s *server) mintCode(w http.ResponseWriter, r *http.Request) error {
+	ttl, err := s.mintTTL(w, r)
+	if err != nil {
+		return err
+	}
+	if s.draining.Load() {
+		return errDraining
+	}
+	id := uuid.New()
+	if err := s.hub.Open(r.Context(), meta{ID: id, Expires: time.Now().Add(ttl)}); err != nil {
+		return err
+	}
+	code, expires, err := s.codes.Mint(r.Context(), id, ttl)
+	if err != nil {
+		s.hub.End(context.WithoutCancel(r.Context()), id, errGone)
+		return err
+	}
+	s.metrics.codesMinted.Inc()
+	s.writeJSON(w, http.StatusOK, struct {
+		Code      string `json:"code"`
+		AppID     string `json:"appID"`
+		ExpiresAt string `json:"expiresAt"`
+	}{code, id.String(), timestamp(expires)})
+	return nil
+}
+
+// mintTTL reads how long the caller wants a code to live.
+func (s *server) mintTTL(w http.ResponseWriter, r *http.Request) (time.Duration, error) {
+	object, err := readObject(w, r)
+	if err != nil {
+		return 0, err
+	}
+	raw, ok := object["ttl"]
+	if !ok || string(raw) == "null" {
+		return s.cfg.roomTTL, nil
+	}
+	var seconds float64
+	if err := json.Unmarshal(raw, &seconds); err != nil || !(seconds > 0) {
+		return 0, badRequest("bad_ttl", "ttl must be a positive number of seconds")
+	}
+	if seconds >= s.cfg.roomTTL.Seconds() {
+		return s.cfg.roomTTL, nil
+	}
+	return max(time.Duration(seconds*float64(time.Second)), time.Millisecond), nil
+}
+
+// redeemCode is POST /rendezvous/redeem.
+func (s *server) redeemCode(w http.ResponseWriter, r *http.Request) error {
+	code, err := redeemRequest(w, r)
+	if err != nil {
+		s.metrics.redeems[redeemBad].Inc()
+		return err
+	}
+	if s.draining.Load() {
+		return errDraining
+	}
+	id, expires, err := s.codes.Redeem(r.Context(), code)
+	if errors.Is(err, errCodeUsed) {
+		// Whoever minted it should know that two people hold the code.
+		if err := s.hub.Tell(r.Context(), id, event{kind: eventContested}); err != nil && !errors.Is(err, errGone) {
+			s.log.Warn("contested code not told", "error", err)
+		}
+	}
+	if err != nil {
+		s.metrics.redeems[redeemGone].Inc()
+		return err
+	}
+	s.metrics.redeems[redeemOK].Inc()
+	s.writeJSON(w, http.StatusOK, struct {
+		AppID     string `json:"appID"`
+		ExpiresAt string `json:"expiresAt"`
+	}{id.String(), timestamp(expires)})
+	return nil
+}
+
+// redeemRequest reads the code that a caller wants to redeem.
+func redeemRequest(w http.ResponseWriter, r *http.Request) (code string, err error) {
+	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || mediaType != "application/json" && !strings.HasSuffix(mediaType, "+json") {
+		return "", &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_media_type", text: "the Content-Type must be application/json"}
+	}
+	object, err := readObject(w, r)
+	if err != nil {
+		return "", err
+	}
+	if object == nil {
+		return "", badRequest("bad_json", "the body must be a JSON object")
+	}
+	if err := json.Unmarshal(object["code"], &code); err != nil || !validCode(code) {
+		return "", badRequest("bad_code", "code must be a string of 4 to 9 digits")
+	}
+	return code, nil
+}
+
+// timestamp formats a time as answers give it: RFC 3339, UTC.
+func timestamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000Z") }

@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A server answers HTTP and WebSocket requests with a hub and a code table.
+type server struct {
+	// static after construction
+	cfg      *config
+	log      *slog.Logger
+	hub      hub
+	codes    codes
+	metrics  *metrics
+	decoders *sync.Pool // of *frameDecoder
+	version  versionInfo
+	connOptions
+
+	clients  clientSet
+	draining atomic.Bool
+}
+
+func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, queued *budget) *server {
+	return &server{
+		cfg: cfg, log: log, hub: h, codes: c, metrics: m,
+		decoders: newFrameDecoderPool(),
+		version:  buildVersion(),
+		connOptions: connOptions{
+			heartbeat:  cfg.heartbeat,
+			maxMessage: cfg.maxMessage,
+			readSize:   cfg.readBuf,
+			writeSize:  cfg.writeBuf,
+			buffers:    new(bufferPool),
+			outboxes:   newOutboxPool(cfg.writeBuf),
+			queued:     queued,
+			metrics:    m,
+			start:      time.Now(),
+			tasks:      new(sync.WaitGroup),
+		},
+		clients: clientSet{all: make(map[*client]struct{})},
+	}
+}
+
+// handler returns the routes.
+func (s *server) handler() http.Handler {
+	mux := http.NewServeMux()
+	route := func(path string, m methods) { mux.Handle(path, m.handler(s)) }
+	route("/rendezvous/code", methods{http.MethodPost: s.mintCode})
+	route("/rendezvous/redeem", methods{http.MethodPost: s.redeemCode})
+	route("/ws", methods{http.MethodGet: s.serveWS})
+	route("/healthz", methods{http.MethodGet: s.healthz})
+	route("/readyz", methods{http.MethodGet: s.readyz})
+	route("/version", methods{http.MethodGet: s.serveVersion})
+	metrics := s.metrics.handler()
+	route(s.cfg.metricsRoute, methods{http.MethodGet: func(w http.ResponseWriter, r *http.Request) error {
+		metrics.ServeHTTP(w, r)
+		return nil
+	}})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		s.writeError(w, &apiError{status: http.StatusNotFound, code: "not_found", text: "there is nothing at this path"})
+	})
+	return mux
+}
+
+// newHTTPServer returns an HTTP server with limits for slow and large requests.
+func (s *server) newHTTPServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       20 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+}
+
+// Bounds of a request, in bytes. net/http adds 4 KiB to that of the header.
+const (
+	maxHeaderBytes = 16<<10 - 4<<10
+	maxBody        = 4 << 10
+)
+
+// methods are the handlers of one path.
+type methods map[string]func(w http.ResponseWriter, r *http.Request) error
+
+func (m methods) handler(s *server) http.Handler {
+	allowed := make([]string, 0, len(m)+1)
+	for method := range m {
+		allowed = append(allowed, method)
+	}
+	if m[http.MethodGet] != nil {
+		allowed = append(allowed, http.MethodHead)
+	}
+	slices.Sort(allowed)
+	allow := strings.Join(allowed, ", ")
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		method := r.Method
+		if method == http.MethodHead {
+			method = http.MethodGet
+		}
+		handle := m[method]
+		if handle == nil {
+			w.Header().Set("Allow", allow)
+			s.writeError(w, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed",
+				text: "this path takes " + allow + ", not " + r.Method})
+			return
+		}
+		if err := handle(w, r); err != nil {
+			s.writeError(w, err)
+		}
+	})
+}
+
+// An apiError is an answer that is an error: as HTTP, and, on connections that
+// are told by close frames, as a close code.
+type apiError struct {
+	status     int
+	code       string        // for machines
+	text       string        // for people
+	retryAfter time.Duration // of 429 and 503
+
+	closeCode   closeCode // 0 when it is always HTTP
+	closeReason string    // when every client is told by a close frame; SIDE stands for the seat
+}
+
+func (e *apiError) Error() string { return e.text }
+
+func badRequest(code, text string) *apiError {
+	return &apiError{status: http.StatusBadRequest, code: code, text: text}
+}
+
+var errUpgradeRequired = &apiError{status: http.StatusUpgradeRequired, code: "upgrade_required",
+	text: "this is a WebSocket endpoint (RFC 6455, version 13): connect with a WebSocket client"}
+
+var errDraining = errors.New("the server is shutting down")
+
+// retrySoon is how long a client should wait where nothing better is known.
+const retrySoon = 5 * time.Second
+
+// toAPIError is the one place that says what each error means to a client.
+func toAPIError(err error) *apiError {
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return e
+	}
+	if e, ok := errors.AsType[*exhaustedError](err); ok {
+		return &apiError{status: http.StatusServiceUnavailable, code: "codes_exhausted", text: err.Error(), retryAfter: e.retryAfter}
+	}
+	switch {
+	case errors.Is(err, errGone):
+		return &apiError{status: http.StatusNotFound, code: "unknown_session", text: err.Error(), closeCode: closeUnknown}
+	case errors.Is(err, errCapacity):
+		return &apiError{status: http.StatusServiceUnavailable, code: "at_capacity", text: err.Error(), retryAfter: retrySoon, closeCode: closeCapacity}
+	case errors.Is(err, errDraining):
+		return &apiError{status: http.StatusServiceUnavailable, code: "draining", text: err.Error(), retryAfter: retrySoon, closeCode: closeGoingAway}
+	case errors.Is(err, errBusy):
+		return &apiError{status: http.StatusConflict, code: "seat_busy", text: err.Error(), closeCode: closeBusy, closeReason: "side SIDE busy"}
+	case errors.Is(err, errTakeovers):
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_takeovers", text: err.Error(), closeCode: closeTooMany, closeReason: "too_many_takeovers"}
+	case errors.Is(err, errReplaced):
+		return &apiError{status: http.StatusConflict, code: "taken_over", text: err.Error(), closeCode: closeReplaced}
+	case errors.Is(err, errSlow):
+		return &apiError{status: http.StatusTooManyRequests, code: "too_slow", text: err.Error(), closeCode: closeSlow}
+	case errors.Is(err, errCodeGone), errors.Is(err, errCodeUsed):
+		// One answer for unknown, used and expired: it tells a guesser nothing.
+		return &apiError{status: http.StatusGone, code: "gone", text: "the code is unknown, has been used, or has expired"}
+	}
+	return &apiError{status: http.StatusServiceUnavailable, code: "backend_unavailable",
+		text: "the server cannot do this at the moment", retryAfter: retrySoon, closeCode: closeInternal}
+}
+
+func (s *server) writeError(w http.ResponseWriter, err error) {
+	e := toAPIError(err)
+	if e.retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
+	}
+	s.writeJSON(w, e.status, struct {
+		Error string `json:"error"`
+		Code  string `json:"code"`
+	}{e.text, e.code})
+}
+
+func (s *server) writeJSON(w http.ResponseWriter, status int, v any) {
+	body, err := json.Marshal(v)
+	if err != nil { // only what is our own is marshalled
+		panic(err)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Content-Length", strconv.Itoa(len(body)+1))
+	w.WriteHeader(status)
+	w.Write(append(body, '\n'))
+}
+
+// readObject reads a request's body as a JSON object; keys that nobody asks
+// for are ignored. An empty body is nil.
+func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+		return nil, &apiError{status: http.StatusRequestEntityTooLarge, code: "too_large", text: "the body is larger than 4 KiB"}
+	} else if err != nil {
+		return nil, badRequest("bad_body", "the body could not be read")
+	}
+	if len(body) == 0 {
+		return nil, nil
+	}
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(body, &object); err != nil || object == nil {
+		return nil, badRequest("bad_json", "the body must be a JSON object")
+	}
+	return object, nil
+}
+
+// healthz answers as long as the process lives.
+func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
+	s.writeJSON(w, http.StatusOK, statusAnswer{"ok"})
+	return nil
+}
+
+// readyz answers 200 when new work is welcome.
+func (s *server) readyz(w http.ResponseWriter, r *http.Request) error {
+	if s.draining.Load() {
+		return errDraining
+	}
+	if err := s.hub.Ready(r.Context()); err != nil {
+		return err
+	}
+	s.writeJSON(w, http.StatusOK, statusAnswer{"ready"})
+	return nil
+}
+
+type statusAnswer struct {
+	Status string `json:"status"`
+}
+
+func (s *server) serveVersion(w http.ResponseWriter, _ *http.Request) error {
+	s.writeJSON(w, http.StatusOK, s.version)
+	return nil
+}
+
+// run does the background work until ctx is done.
+func (s *server) run(ctx context.Context) {
+	var tasks sync.WaitGroup
+	for _, task := range []func(context.Context) error{s.hub.Run, s.codes.Run} {
+		tasks.Go(func() {
+			if err := task(ctx); err != nil {
+				s.log.Error("background work ended", "error", err)
+			}
+		})
+	}
+	tasks.Wait()
+}

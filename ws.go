@@ -1,0 +1,554 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+	"golang.org/x/time/rate"
+)
+
+// A client is one WebSocket connection and the seat it holds.
+type client struct {
+	conn
+
+	// static once started
+	srv  *server
+	seat seat // nil for one that is only told why it is refused
+	side string
+	v1   bool
+
+	// Where this connection is in its mail: the highest seq it was sent or said
+	// it has, and whether delivery has begun.
+	cursor    atomic.Uint64
+	mailOpen  atomic.Bool
+	mailTimer *time.Timer // opens the mail; nil where none waited
+
+	errors *rate.Limiter // of error frames; of the reading goroutine, nil before the first
+}
+
+// A client may earn errorBurst error frames at once and errorRate a second; one
+// more, and it is talking to itself at the cost of others.
+const (
+	errorBurst = 1000
+	errorRate  = 20
+)
+
+// serveWS is GET /ws: it checks the request, takes the seat, and only then
+// upgrades, so that most refusals are HTTP.
+func (s *server) serveWS(w http.ResponseWriter, r *http.Request) error {
+	id, join, err := s.seatRequest(r)
+	if err != nil {
+		return err
+	}
+	v1, err := checkUpgrade(w, r)
+	if err != nil {
+		return err
+	}
+	c := &client{srv: s, side: join.name, v1: v1}
+	c.connOptions, c.src = &s.connOptions, c
+	if !s.clients.add(c) {
+		return s.refuse(w, r, c, errDraining)
+	}
+	if v1 {
+		join.v = 1
+	}
+	seat, view, err := s.hub.Join(r.Context(), id, join, c.notify)
+	if err != nil {
+		return s.refuse(w, r, c, err)
+	}
+	c.seat = seat
+	if err := c.accept(w, r, subprotocol(v1)); err != nil {
+		seat.Leave(context.WithoutCancel(r.Context()), false)
+		s.clients.remove(c)
+		return nil // the library has answered
+	}
+	c.attach(view)
+	return nil
+}
+
+// seatRequest reads the query of GET /ws.
+func (s *server) seatRequest(r *http.Request) (id sessionID, join joinRequest, err error) {
+	if r.URL.RawQuery == "" && !isUpgrade(r) {
+		return id, join, errUpgradeRequired
+	}
+	query := r.URL.Query()
+	if id, err = parseAppID(query.Get("appID")); err != nil {
+		return id, join, err
+	}
+	join.create = s.cfg.appIDs == "any"
+	switch side := query.Get("side"); side {
+	case "A":
+		join.name = "A"
+	case "B":
+		join.name = "B"
+	default:
+		return id, join, badRequest("bad_side", "side must be A or B")
+	}
+	// The published client of the seed sends an empty sid when it has none.
+	if sid := query.Get("sid"); len(sid) > maxSID {
+		return id, join, badRequest("bad_sid", "sid must have at most 128 bytes")
+	} else if sid != "" {
+		join.claim = sha256.Sum256([]byte(sid))
+	}
+	return id, join, nil
+}
+
+// maxSID bounds a client's own secret, in bytes.
+const maxSID = 128
+
+// parseAppID parses the one form of a UUID that is accepted.
+func parseAppID(s string) (sessionID, error) {
+	id, err := uuid.Parse(s)
+	if err != nil || len(s) != 36 {
+		return id, badRequest("bad_app_id", "appID must be a UUID, such as 123e4567-e89b-12d3-a456-426614174000")
+	}
+	return id, nil
+}
+
+func isUpgrade(r *http.Request) bool {
+	return r.ProtoAtLeast(1, 1) && hasToken(r.Header["Connection"], "upgrade") && hasToken(r.Header["Upgrade"], "websocket")
+}
+
+// checkUpgrade checks what the library would refuse, because it answers in
+// plain text. v1 says that the client offers the subprotocol parley.v1.
+func checkUpgrade(w http.ResponseWriter, r *http.Request) (v1 bool, err error) {
+	if !isUpgrade(r) {
+		return false, errUpgradeRequired
+	}
+	if r.Header.Get("Sec-WebSocket-Version") != "13" {
+		w.Header().Set("Sec-WebSocket-Version", "13")
+		return false, errUpgradeRequired
+	}
+	if keys := r.Header["Sec-Websocket-Key"]; len(keys) != 1 || !validKey(keys[0]) {
+		return false, badRequest("bad_upgrade", "Sec-WebSocket-Key must be given once, as 16 bytes in base64")
+	}
+	return hasToken(r.Header["Sec-Websocket-Protocol"], subprotocolV1), nil
+}
+
+// validKey checks a Sec-WebSocket-Key, RFC 6455 section 4.1.
+func validKey(key string) bool {
+	b, err := base64.StdEncoding.DecodeString(strings.TrimSpace(key))
+	return err == nil && len(b) == 16
+}
+
+func subprotocol(v1 bool) string {
+	if v1 {
+		return subprotocolV1
+	}
+	return ""
+}
+
+// hasToken looks for a token in a header's comma-separated lists.
+func hasToken(values []string, token string) bool {
+	for _, v := range values {
+		for t := range strings.SplitSeq(v, ",") {
+			if strings.EqualFold(strings.TrimSpace(t), token) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// refuse answers a join that failed: as HTTP, or, where the client or the
+// contract wants to see a close code, by an upgrade and a close frame.
+func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why error) error {
+	e := toAPIError(why)
+	if e.closeReason == "" && !c.v1 || e.closeCode == 0 {
+		s.clients.remove(c)
+		return e
+	}
+	if err := c.accept(w, r, subprotocol(c.v1)); err != nil {
+		s.clients.remove(c)
+		return nil
+	}
+	reason := e.code
+	if e.closeReason != "" {
+		reason = strings.ReplaceAll(e.closeReason, "SIDE", c.side)
+	}
+	c.close(e.closeCode, reason)
+	c.begin(nil)
+	go c.run()
+	return nil
+}
+
+// attach starts the connection: how things are goes ahead of what waits.
+func (c *client) attach(v view) {
+	var first []byte
+	if c.v1 {
+		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage)
+		c.metrics.frameOut(typeWelcome, len(welcome))
+		first = appendText(first, welcome)
+	}
+	if v.peer == present {
+		c.metrics.frameOut(typeRoomFull, len(frameRoomFull))
+		first = appendText(first, frameRoomFull)
+	}
+	switch v.resumed {
+	case resumedBack:
+		c.metrics.resumes[resumeBack].Inc()
+	case resumedTakeover:
+		c.metrics.resumes[resumeTakeover].Inc()
+	}
+	if v.mail {
+		c.mailTimer = time.AfterFunc(helloTimeout, c.openMail)
+	} else {
+		c.mailOpen.Store(true)
+	}
+	c.begin(first)
+	go c.run()
+}
+
+// run is a connection's life after the upgrade, on a goroutine of its own: the
+// request and net/http's stack are gone by then.
+func (c *client) run() {
+	c.metrics.connects.Inc()
+	c.metrics.connections.Inc()
+	defer c.srv.clients.remove(c)
+	defer func() { c.metrics.closed(c.closing()); c.metrics.connections.Dec() }()
+	defer c.finish()
+	if c.seat == nil {
+		return
+	}
+	forGood := c.serve()
+	if c.mailTimer != nil {
+		c.mailTimer.Stop()
+	}
+	if err := c.seat.Leave(context.Background(), forGood); err != nil && !errors.Is(err, errReplaced) && !errors.Is(err, errGone) {
+		c.srv.log.Warn("seat not left", "error", err)
+	}
+}
+
+// serve reads until the connection ends, and reports whether the client left
+// for good.
+func (c *client) serve() (forGood bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.srv.log.Error("connection failed", "panic", p, "stack", string(debug.Stack()))
+			c.close(closeInternal, "internal error")
+		}
+	}()
+	for {
+		if c.readErr = c.wait(); c.readErr != nil {
+			return c.lost(c.readErr)
+		}
+		if err := c.readOne(); err != nil {
+			return c.lost(err)
+		}
+		if !c.buffered() {
+			c.seat.Flush(context.Background())
+			c.settle()
+		}
+	}
+}
+
+// readOne reads and handles one message. It is not inlined, to keep wait's
+// stack small.
+//
+//go:noinline
+func (c *client) readOne() error {
+	buf, data, binary, err := c.readMessage()
+	if err != nil {
+		return err
+	}
+	held := false
+	if buf != nil {
+		if held, err = c.handle(buf, data, binary); err != nil {
+			return err
+		}
+	}
+	if held || c.flooded.Load() {
+		c.seat.Flush(context.Background())
+		c.pause(c.isHeld)
+	}
+	return nil
+}
+
+func (c *client) isHeld() bool {
+	held, err := c.seat.Held(context.Background())
+	return held && err == nil
+}
+
+// handle acts on one message, whose buffer it owns. held says that the sender
+// should pause.
+func (c *client) handle(buf *buffer, data []byte, binary bool) (held bool, err error) {
+	d := c.srv.decoders.Get().(*frameDecoder)
+	m, err := d.decode(data)
+	c.srv.decoders.Put(d)
+	c.metrics.frameIn(m.typ, len(data))
+	if err == nil && m.typ.relayed() {
+		r, err := c.seat.Post(context.Background(), c.peerSide(), frame{typ: m.typ, binary: binary, data: data, buf: buf}, c.buffered())
+		c.complain(m, err)
+		return r.held, nil
+	}
+	if err == nil && m.typ == typeSend {
+		c.complain(m, c.send(m, buf))
+		return false, nil
+	}
+	defer buf.free()
+	if errors.Is(err, errBadUTF8) && binary {
+		err = badFrame("the frame is not valid UTF-8")
+	} else if errors.Is(err, errBadUTF8) {
+		return false, err
+	}
+	if err == nil {
+		err = c.act(m)
+	}
+	c.complain(m, err)
+	return false, nil
+}
+
+// act does what a frame that is neither relayed nor mail asks for.
+func (c *client) act(m message) error {
+	switch m.typ {
+	case typeHello:
+		return c.hello(m)
+	case typeDelivered:
+		return c.delivered(m)
+	case typePing:
+		if len(m.raw.t) > maxPingT {
+			return badFrame("t is longer than %d bytes", maxPingT)
+		}
+		c.answer(typePong, appendPong(nil, m.raw.t))
+		return nil
+	case typeTelemetry:
+		return c.telemetry(m)
+	}
+	return &frameError{"unknown_type", "the type is none that a client may send"}
+}
+
+// complain answers a frame with an error frame, if there was an error the
+// client can do something about.
+func (c *client) complain(m message, err error) {
+	if err == nil || errors.Is(err, errReplaced) || errors.Is(err, errGone) {
+		return // then the connection is being closed
+	}
+	if c.errors == nil {
+		c.errors = rate.NewLimiter(errorRate, errorBurst)
+	}
+	if !c.errors.Allow() {
+		c.close(closeTooMany, "too many errors")
+		return
+	}
+	c.answer(typeError, appendError(nil, m, toFrameError(err)))
+}
+
+// toFrameError returns what an error frame says of err.
+func toFrameError(err error) *frameError {
+	if e, ok := errors.AsType[*frameError](err); ok {
+		return e
+	}
+	switch {
+	case errors.Is(err, errPeerAbsent):
+		return &frameError{"peer_absent", err.Error()}
+	case errors.Is(err, errMailFull):
+		return &frameError{"mailbox_full", err.Error()}
+	case errors.Is(err, errOverCapacity):
+		return &frameError{"over_capacity", err.Error()}
+	}
+	return &frameError{"backend_unavailable", "the server cannot do this at the moment"}
+}
+
+func (c *client) peerSide() string {
+	if c.side == "A" {
+		return "B"
+	}
+	return "A"
+}
+
+// send puts mail in a mailbox. It owns buf.
+func (c *client) send(m message, buf *buffer) error {
+	f := frame{kind: kindMail, id: m.id, data: m.raw.payload, buf: buf}
+	to := c.peerSide()
+	fail := func(format string, args ...any) error {
+		buf.free()
+		return badFrame(format, args...)
+	}
+	if m.raw.to != nil {
+		name, _ := unquote(m.raw.to)
+		if to = string(name); to != "A" && to != "B" {
+			return fail(`"to" must be "A" or "B"`)
+		}
+	}
+	if m.raw.payload == nil {
+		return fail(`a send needs a "payload"`)
+	}
+	if m.raw.id != nil && m.id == 0 {
+		return fail(`"id" must be a positive integer`)
+	}
+	r, err := c.seat.Post(context.Background(), to, f, false)
+	if err == nil && m.id != 0 {
+		c.answer(typeQueued, appendQueued(nil, m.id, r.seq))
+	}
+	return err
+}
+
+// hello trims the mail the client says it has, and begins to deliver the rest.
+func (c *client) hello(m message) error {
+	upTo := uint64(0)
+	if m.raw.deliveredUpTo != nil {
+		var ok bool
+		if upTo, ok = parseInteger(m.raw.deliveredUpTo); !ok {
+			return badFrame(`"deliveredUpTo" must be an integer that is not negative`)
+		}
+	}
+	if err := c.ack(upTo, "deliveredUpTo"); err != nil {
+		return err
+	}
+	raise(&c.cursor, upTo)
+	c.openMail()
+	return nil
+}
+
+// delivered acknowledges mail that this connection was sent.
+func (c *client) delivered(m message) error {
+	name, raw := "upTo", m.raw.upTo
+	if raw == nil {
+		name, raw = "seq", m.raw.seq
+	}
+	upTo, ok := parseInteger(raw)
+	if !ok {
+		return badFrame(`%q must be an integer that is not negative`, name)
+	}
+	if upTo > c.cursor.Load() {
+		return badFrame("%q is beyond what this connection was sent", name)
+	}
+	return c.ack(upTo, name)
+}
+
+func (c *client) ack(upTo uint64, name string) error {
+	err := c.seat.Ack(context.Background(), upTo)
+	if errors.Is(err, errBeyond) {
+		return badFrame("%q is above the last seq of this mailbox", name)
+	}
+	return err
+}
+
+// openMail begins the delivery of mail.
+func (c *client) openMail() {
+	c.mailOpen.Store(true)
+	c.wake()
+}
+
+// telemetry feeds the metrics, each kind of report once a session.
+func (c *client) telemetry(m message) error {
+	event, _ := unquote(m.raw.event)
+	var kind outcome
+	switch string(event) {
+	case "ice-connected":
+		kind = outcomeConnected
+	case "ice-failed":
+		kind = outcomeFailed
+	default:
+		return badFrame(`"event" must be "ice-connected" or "ice-failed"`)
+	}
+	since, first, err := c.seat.Report(context.Background(), kind)
+	if err != nil || !first {
+		return err
+	}
+	if kind == outcomeFailed {
+		reason, _ := unquote(m.raw.reason)
+		pick(c.metrics.failed, string(reason)).Inc()
+		return nil
+	}
+	mode, _ := unquote(m.raw.mode)
+	pick(c.metrics.established, string(mode)).Inc()
+	if since >= 0 {
+		c.metrics.timeToFirst.Observe(since.Seconds())
+	}
+	return nil
+}
+
+// lost decides what the end of reading means: it closes the connection unless
+// that has begun, and reports whether the client left for good.
+func (c *client) lost(err error) (forGood bool) {
+	var left websocket.CloseError
+	switch {
+	case c.closing() != 0:
+	case errors.As(err, &left):
+		c.close(closeCode(left.Code), "")
+		return left.Code == websocket.StatusNormalClosure || left.Code == websocket.StatusNoStatusRcvd
+	case errors.Is(err, errBadUTF8):
+		c.close(closeBadUTF8, err.Error())
+	case errors.Is(err, websocket.ErrMessageTooBig):
+		c.close(closeTooBig, "message too big")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.close(closeSlow, "message took too long")
+	case c.readErr != nil:
+		c.abort(closeAbnormal)
+	default:
+		c.close(closeProtocol, "protocol error")
+	}
+	return false
+}
+
+// notify is the hub's: look, or you are out.
+func (c *client) notify(why error) {
+	if why == nil {
+		c.openGate()
+		c.wake()
+		return
+	}
+	e := toAPIError(why)
+	c.close(e.closeCode, e.code)
+}
+
+// take is the connection's source of frames.
+func (c *client) take(buf []frame, budget int) (taken []frame, more bool) {
+	after := noMail
+	if c.mailOpen.Load() {
+		after = c.cursor.Load()
+	}
+	taken, more, err := c.seat.Take(context.Background(), after, budget, buf)
+	if err != nil {
+		return taken, false // notify has told why, or will
+	}
+	for i := range taken {
+		if taken[i].kind == kindMail {
+			raise(&c.cursor, taken[i].seq)
+		}
+	}
+	return taken, more
+}
+
+// raise sets v to n if that is higher.
+func raise(v *atomic.Uint64, n uint64) {
+	for old := v.Load(); n > old && !v.CompareAndSwap(old, n); old = v.Load() {
+	}
+}
+
+// appendPresence tells the client of e, as far as its version knows of that.
+func (c *client) appendPresence(dst []byte, e event) []byte {
+	tell := func(t frameType, text []byte) {
+		c.metrics.frameOut(t, len(text))
+		dst = appendText(dst, text)
+	}
+	switch e.kind {
+	case eventJoined:
+		if c.v1 {
+			tell(typePeerJoined, appendPeerJoined(nil, e))
+		}
+		tell(typeRoomFull, []byte(frameRoomFull))
+	case eventAway:
+		if c.v1 {
+			tell(typePeerAway, []byte(framePeerAway))
+		}
+	case eventLeft:
+		tell(typePeerLeft, []byte(framePeerLeft))
+	case eventContested:
+		if c.v1 {
+			tell(typeCodeContested, []byte(frameCodeContested))
+		}
+	}
+	return dst
+}
