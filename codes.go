@@ -71,6 +71,8 @@ const (
 // codeOptions are what a code table is told of the configuration.
 type codeOptions struct {
 	digits, maxDigits int
+	// failures returns how many redeems have failed recently.
+	failures func() int
 	// grown is called, without any lock, when new codes change their length.
 	grown func(digits int)
 }
@@ -125,9 +127,10 @@ func newCodeTable(o codeOptions) *codeTable {
 func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration) (string, time.Time, error) {
 	now := time.Now()
 	expires := now.Add(ttl)
+	failures := t.failures()
 	t.mu.Lock()
 	t.reclaim(now)
-	space := t.space()
+	space := t.space(failures)
 	if space == nil {
 		wait := t.byExpiry[0].expires.Sub(now)
 		t.mu.Unlock()
@@ -148,11 +151,11 @@ func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration
 }
 
 // space returns the space to mint from: the first of which less than a
-// hundredth is taken, else the largest that is not full, or nil. The caller
-// holds mu.
-func (t *codeTable) space() *codeSpace {
+// hundredth is taken, and of which fewer than a tenth has been guessed at, else
+// the largest that is not full, or nil. The caller holds mu.
+func (t *codeTable) space(failures int) *codeSpace {
 	for d := t.digits; d < t.maxDigits; d++ {
-		if s := t.spaces[d]; s.taken < s.size/100 {
+		if s := t.spaces[d]; s.taken < s.size/100 && failures <= int(s.size/10) {
 			return s
 		}
 	}

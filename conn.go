@@ -50,6 +50,7 @@ type connOptions struct {
 	buffers             *bufferPool
 	outboxes            *sync.Pool
 	queued              *budget
+	partial             *budget // the part of queued that is half-received messages
 	metrics             *metrics
 	start               time.Time // when the server started; times are counted from it
 	tasks               *sync.WaitGroup
@@ -313,7 +314,7 @@ func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) 
 	defer func() { c.inMessage = false }()
 	buf = c.buffers.get(firstBuffer)
 	n, counted := 0, 0
-	defer func() { c.queued.add(-counted) }()
+	defer func() { c.count(-counted) }()
 	for {
 		k, err := r.Read(buf.b[n:])
 		n += k
@@ -324,14 +325,49 @@ func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) 
 			return nil, nil, false, err
 		}
 		if n == len(buf.b) {
+			if err := c.admit(2*n - counted); err != nil {
+				buf.free()
+				return nil, nil, false, err
+			}
 			more := c.buffers.get(2 * n)
 			copy(more.b, buf.b)
 			buf.free()
 			buf = more
-			c.queued.add(len(buf.b) - counted)
+			c.count(len(buf.b) - counted)
 			counted = len(buf.b)
 		}
 	}
+}
+
+// errNoRoom ends a connection whose half-received message found no room.
+var errNoRoom = errors.New("at_capacity")
+
+// freeBuffer is how large a half-received message may grow whatever else waits,
+// so that pairs with ordinary frames go on.
+const freeBuffer = 16 << 10
+
+// roomPoll is how often a message that waits for room looks again.
+const roomPoll = 500 * time.Millisecond
+
+// admit waits until n more bytes of a half-received message have room beside
+// all the others, as long as a message may take.
+func (c *conn) admit(n int) error {
+	if n <= freeBuffer {
+		return nil
+	}
+	for deadline := c.now() + int64(messageTimeout); !c.partial.spare(n); {
+		if c.closing() != 0 || c.now() >= deadline {
+			return errNoRoom
+		}
+		time.Sleep(roomPoll)
+	}
+	return nil
+}
+
+// count counts bytes of a half-received message.
+func (c *conn) count(n int) {
+	c.queued.add(n)
+	c.partial.add(n)
 }
 
 // firstBuffer is the size of the buffer into which a message is read first.

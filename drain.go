@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"net/http"
 	"sync"
 	"time"
@@ -11,6 +10,8 @@ import (
 // A clientSet is the open connections of a server, which http.Server forgets
 // once they are hijacked.
 type clientSet struct {
+	max int // 0 for no limit
+
 	mu sync.Mutex
 	// guarded by mu
 	all     map[*client]struct{}
@@ -18,13 +19,24 @@ type clientSet struct {
 	drained chan struct{} // closed once the set is closed and empty; nil before
 }
 
-// add reports false when the server is draining; the client is in the set all
-// the same until it is removed, for it has to be told.
-func (s *clientSet) add(c *client) bool {
+// errConns refuses a connection; like the other limits on connections it is
+// always answered as HTTP.
+var errConns = &apiError{status: http.StatusServiceUnavailable, code: "at_capacity",
+	text: "the server has as many connections as it may", retryAfter: retrySoon}
+
+// add fails with errConns, and, when the server is draining, with errDraining:
+// then the client is in the set all the same, for it may have to be told.
+func (s *clientSet) add(c *client) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.max > 0 && len(s.all) >= s.max {
+		return errConns
+	}
 	s.all[c] = struct{}{}
-	return !s.closed
+	if s.closed {
+		return errDraining
+	}
+	return nil
 }
 
 func (s *clientSet) remove(c *client) {
@@ -36,6 +48,12 @@ func (s *clientSet) remove(c *client) {
 	}
 }
 
+func (s *clientSet) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.all)
+}
+
 // finish closes drained, once. The caller holds mu.
 func (s *clientSet) finish() {
 	select {
@@ -45,7 +63,7 @@ func (s *clientSet) finish() {
 	}
 }
 
-// close makes add report false, and returns a channel that is closed when the
+// close makes add fail, and returns a channel that is closed when the
 // set is empty.
 func (s *clientSet) close() <-chan struct{} {
 	s.mu.Lock()
@@ -92,17 +110,16 @@ func (s *server) drain(ctx context.Context) {
 	s.tasks.Wait()
 }
 
-// shutdown drains the server and stops web, within DRAIN_TIMEOUT. The listener
-// stays until the sockets are closed, so that readyz can be seen to be 503.
-func (s *server) shutdown(web *http.Server, served <-chan error) error {
+// shutdown drains the server and stops listening, within DRAIN_TIMEOUT. The
+// listeners stay until the sockets are closed, so that readyz can be seen to be
+// 503.
+func (s *server) shutdown(fronts []front) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.drainTimeout*9/10)
 	defer cancel()
 	s.drain(ctx)
-	if err := web.Shutdown(ctx); err != nil {
-		web.Close() // whoever has not finished asking by now
+	for _, f := range fronts {
+		if err := f.web.Shutdown(ctx); err != nil {
+			f.web.Close() // whoever has not finished asking by now
+		}
 	}
-	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
 }

@@ -54,8 +54,9 @@ func newTestServer(t testing.TB, settings ...string) *testServer {
 	background.Go(func() { ts.run(ctx) })
 	ts.stop = sync.OnceFunc(func() {
 		checkInvariants(t, ts)
-		if err := ts.shutdown(ts.web, ts.served); err != nil {
-			t.Error("shutdown:", err)
+		ts.shutdown([]front{{web: ts.web}})
+		if err := <-ts.served; !errors.Is(err, http.ErrServerClosed) {
+			t.Error("serve:", err)
 		}
 		cancel()
 		background.Wait()

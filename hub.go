@@ -27,7 +27,7 @@ type hub interface {
 	// carry every later change and no earlier one. The hub calls notify without
 	// any lock held, from any goroutine, also before Join has returned: nil
 	// means "look, by Take", an error means "you are out, and why" and is final.
-	// Errors: errGone, errBusy, errTakeovers, errCapacity.
+	// Errors: errGone, errBusy, errTakeovers, errCapacity, errTooMany.
 	Join(ctx context.Context, id sessionID, r joinRequest, notify func(error)) (seat, view, error)
 	// Tell puts a notice of the server itself before all who are connected.
 	Tell(ctx context.Context, id sessionID, e event) error
@@ -83,6 +83,7 @@ type sessionID = uuid.UUID
 // others also reasons given to notify.
 var (
 	errTaken        = errors.New("a session of this ID is open already")
+	errTooMany      = errors.New("this address holds as many sessions as it may")
 	errCapacity     = errors.New("the server holds as many sessions as it may")
 	errGone         = errors.New("the session is unknown or has expired")
 	errBusy         = errors.New("the seat is taken")
@@ -112,8 +113,9 @@ type claim [32]byte
 type joinRequest struct {
 	name   string // A or B
 	claim  claim
-	v      int  // version of the parley protocol the client speaks, 0 for none
-	create bool // create the session if there is none
+	v      int     // version of the parley protocol the client speaks, 0 for none
+	create bool    // create the session if there is none
+	owner  network // whose session it is then
 }
 
 // presence says whether someone is in a seat.
@@ -245,7 +247,7 @@ func (r dropReason) String() string {
 }
 
 // A budget counts all bytes that wait in the process, in mailboxes and in
-// half-received messages, against one limit.
+// half-received messages, against one limit; 0 is none.
 type budget struct {
 	limit int64
 	used  atomic.Int64
@@ -255,4 +257,6 @@ type budget struct {
 func (b *budget) add(n int) { b.used.Add(int64(n)) }
 
 // spare reports whether n more bytes would stay within the limit.
-func (b *budget) spare(n int) bool { return b.used.Load()+int64(n) <= b.limit }
+func (b *budget) spare(n int) bool {
+	return b.limit == 0 || b.used.Load()+int64(n) <= b.limit
+}

@@ -35,6 +35,7 @@ type hubOptions struct {
 	resumeTTL   time.Duration // how long a claimed seat stays reserved
 	holdBytes   int           // what may wait for a connected seat before its sender is held back
 	queued      *budget
+	owners      *quota // sessions that were created by joining them
 	dropped     func(dropReason, int)
 }
 
@@ -73,6 +74,7 @@ type memorySession struct {
 	hub     *memoryHub
 	id      sessionID
 	created time.Time
+	owner   network // to whom it counts; not valid for one that has a code
 
 	mu sync.Mutex
 	// guarded by mu
@@ -184,18 +186,22 @@ func (h *memoryHub) Open(_ context.Context, m meta) error {
 	if sh.sessions[m.ID] != nil {
 		return errTaken
 	}
-	_, err := sh.open(h, m)
+	_, err := sh.open(h, m, network{})
 	return err
 }
 
 // open creates the session m.ID, which is not there. The caller holds mu.
-func (sh *memoryShard) open(h *memoryHub, m meta) (*memorySession, error) {
+func (sh *memoryShard) open(h *memoryHub, m meta, owner network) (*memorySession, error) {
+	if ok, _ := h.owners.take(owner); !ok {
+		return nil, errTooMany
+	}
 	if n := h.sessions.Add(1); h.maxSessions > 0 && n > int64(h.maxSessions) {
 		h.sessions.Add(-1)
+		h.owners.give(owner)
 		return nil, errCapacity
 	}
 	now := time.Now()
-	s := &memorySession{hub: h, id: m.ID, created: now, expires: m.Expires, lastLeft: now}
+	s := &memorySession{hub: h, id: m.ID, created: now, owner: owner, expires: m.Expires, lastLeft: now}
 	sh.sessions[m.ID] = s
 	return s, nil
 }
@@ -277,6 +283,7 @@ func (sh *memoryShard) end(s *memorySession) (connected []*memorySeat) {
 	s.ended = true
 	delete(sh.sessions, s.id)
 	s.hub.sessions.Add(-1)
+	s.hub.owners.give(s.owner)
 	for i, slot := range s.seats {
 		if slot == nil {
 			continue
@@ -352,7 +359,7 @@ func (h *memoryHub) join(id sessionID, r joinRequest, m *memorySeat) (v view, re
 		if !r.create {
 			return v, replaced, wake, errGone
 		}
-		if s, err = sh.open(h, meta{ID: id}); err != nil {
+		if s, err = sh.open(h, meta{ID: id}, r.owner); err != nil {
 			return v, replaced, wake, err
 		}
 		s.mu.Lock()

@@ -28,7 +28,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"strconv"
 	"sync"
 	"syscall"
 )
@@ -73,20 +72,21 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 
 // serve runs a server until stopping receives a signal, or something fails.
 func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.Signal) error {
-	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, strconv.Itoa(cfg.port)))
+	p := newParley(cfg, log)
+	fronts, err := p.openFronts()
 	if err != nil {
 		return err
 	}
-	p := newParley(cfg, log)
-	web := p.newHTTPServer(p.handler())
-	failed := make(chan error, 1)
-	go func() { failed <- web.Serve(listener) }()
 	background, stopBackground := context.WithCancel(context.Background())
 	var tasks sync.WaitGroup
-	tasks.Go(func() { p.run(background) })
 	defer tasks.Wait()
 	defer stopBackground()
-	announce(stdout, cfg, listener.Addr())
+	tasks.Go(func() { p.run(background) })
+	failed := make(chan error, len(fronts))
+	for _, f := range fronts {
+		go func() { failed <- f.serve(background) }()
+	}
+	announce(stdout, cfg, fronts[0].listener.Addr())
 
 	select {
 	case err := <-failed:
@@ -99,26 +99,39 @@ func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.S
 		log.Warn("second signal: exiting at once")
 		os.Exit(1)
 	}()
-	return p.shutdown(web, failed)
+	p.shutdown(fronts)
+	return nil
 }
 
 // announce says where the server listens and what to try first.
 func announce(w io.Writer, cfg *config, addr net.Addr) {
-	host, port, _ := net.SplitHostPort(addr.String())
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		host = "localhost"
+	scheme, curl := "http", "curl -fsS -X POST"
+	if cfg.tlsCertFile != "" {
+		scheme = "https"
 	}
-	url := "http://" + net.JoinHostPort(host, port)
-	fmt.Fprintf(w, "parley %s listens on %s\ntry: curl -fsS -X POST %s/rendezvous/code\n", buildVersion().Version, url, url)
+	where, url := "unix:"+addr.String(), scheme+"://localhost"
+	if addr.Network() == "unix" {
+		curl += " --unix-socket " + addr.String()
+	} else {
+		host, port, _ := net.SplitHostPort(addr.String())
+		if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+			host = "localhost"
+		}
+		url = scheme + "://" + net.JoinHostPort(host, port)
+		where = url
+	}
+	fmt.Fprintf(w, "parley %s listens on %s\ntry: %s %s/rendezvous/code\n", buildVersion().Version, where, curl, url)
 }
 
 // newParley puts a server together with everything in this process's memory.
 func newParley(cfg *config, log *slog.Logger) *server {
 	m := newMetrics()
 	queued := &budget{limit: cfg.maxQueuedBytes}
+	l := newLimits(cfg)
 	table := newCodeTable(codeOptions{
 		digits: cfg.codeDigits, maxDigits: cfg.codeDigitsMax,
-		grown: func(digits int) { log.Info("new codes have another length", "digits", digits) },
+		failures: l.failures.count,
+		grown:    func(digits int) { log.Info("new codes have another length", "digits", digits) },
 	})
 	h := newMemoryHub(hubOptions{
 		maxSessions: cfg.maxSessions,
@@ -126,6 +139,7 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		resumeTTL:   cfg.resumeTTL,
 		holdBytes:   max(1<<20, 2*cfg.maxMessage),
 		queued:      queued,
+		owners:      l.codes,
 		dropped:     m.drop,
 	})
 	m.watch(gauges{
@@ -133,5 +147,5 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		sessions: func() int { return int(h.sessions.Load()) },
 		queued:   queued.used.Load,
 	})
-	return newServer(cfg, log, m, h, table, queued)
+	return newServer(cfg, log, m, h, table, l, queued)
 }

@@ -19,6 +19,9 @@ type metrics struct {
 
 	codesMinted prometheus.Counter
 	redeems     map[redeemResult]prometheus.Counter
+	throttled   prometheus.Counter // redeems refused for guessing
+	rateLimited map[route]prometheus.Counter
+	untrusted   prometheus.Counter
 
 	connections prometheus.Gauge
 	connects    prometheus.Counter
@@ -50,6 +53,8 @@ const (
 	redeemOK   redeemResult = "ok"
 	redeemGone redeemResult = "gone"
 	redeemBad  redeemResult = "bad"
+
+	redeemThrottled redeemResult = "throttled"
 )
 
 // A resumeResult is how a return to a claimed seat ended.
@@ -84,9 +89,16 @@ func newMetrics() *metrics {
 	m.codesMinted = counter("codes_minted_total", "Codes minted.")
 	redeems := counters("redeems_total", "Attempts to redeem a code.", "result")
 	m.redeems = map[redeemResult]prometheus.Counter{}
-	for _, r := range []redeemResult{redeemOK, redeemGone, redeemBad} {
+	for _, r := range []redeemResult{redeemOK, redeemGone, redeemBad, redeemThrottled} {
 		m.redeems[r] = redeems.WithLabelValues(string(r))
 	}
+	m.throttled = counter("redeem_throttled_total", "Redeems refused because their address guessed wrong too often.")
+	rateLimited := counters("rate_limited_total", "Calls refused because their address calls too often.", "route")
+	m.rateLimited = map[route]prometheus.Counter{}
+	for _, r := range []route{routeCode, routeRedeem, routeWS} {
+		m.rateLimited[r] = rateLimited.WithLabelValues(string(r))
+	}
+	m.untrusted = counter("forwarded_untrusted_total", "Requests with forwarded headers from an address that is no trusted proxy.")
 
 	m.connections = make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "ws_connections", Help: "WebSocket connections that are open."})
 	m.connects = counter("ws_connections_total", "WebSocket connections opened.")
@@ -116,6 +128,10 @@ func newMetrics() *metrics {
 		Namespace: "parley", Name: "ws_rtt_seconds", Help: "Round trips of WebSocket pings.",
 		Buckets: prometheus.ExponentialBuckets(.0005, 2, 14),
 	})
+
+	build := buildVersion()
+	make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "build_info", Help: "Always 1; what is running is in the labels.",
+		ConstLabels: prometheus.Labels{"version": build.Version, "commit": build.Commit, "go": build.Go}}).Set(1)
 
 	m.timeToFirst = make.NewHistogram(prometheus.HistogramOpts{
 		Namespace: "parley", Name: "time_to_first_seconds", Help: "From both peers being here to their own connection.",
@@ -169,7 +185,6 @@ func (m *metrics) watch(g gauges) {
 	})
 	gauge("sessions_active", "Sessions that are open.", func() float64 { return float64(g.sessions()) })
 	gauge("mailbox_bytes", "Bytes that wait in mailboxes and in half-received messages.", func() float64 { return float64(g.queued()) })
-	gauge("build_info", "Always 1; what is running is in the labels.", func() float64 { return 1 })
 }
 
 // frameIn counts a frame of n bytes from a client, frameOut one to a client.

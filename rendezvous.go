@@ -13,7 +13,7 @@ import (
 )
 
 // mintCode is POST /rendezvous/code.
-func (s *server) mintCode(w http.ResponseWriter, r *http.Request) error {
+func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) error {
 	ttl, err := s.mintTTL(w, r)
 	if err != nil {
 		return err
@@ -21,13 +21,14 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request) error {
 	if s.draining.Load() {
 		return errDraining
 	}
-	id := uuid.New()
-	if err := s.hub.Open(r.Context(), meta{ID: id, Expires: time.Now().Add(ttl)}); err != nil {
-		return err
+	until := time.Now().Add(ttl)
+	if ok, retryAfter := s.limits.codes.takeUntil(c.network, until); !ok {
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_codes",
+			text: "this address has as many unexpired codes as it may", retryAfter: max(retryAfter, retrySoon)}
 	}
-	code, expires, err := s.codes.Mint(r.Context(), id, ttl)
+	id, code, expires, err := s.mint(r.Context(), ttl)
 	if err != nil {
-		s.hub.End(context.WithoutCancel(r.Context()), id, errGone)
+		s.limits.codes.giveEarly(c.network, until)
 		return err
 	}
 	s.metrics.codesMinted.Inc()
@@ -37,6 +38,18 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request) error {
 		ExpiresAt string `json:"expiresAt"`
 	}{code, id.String(), timestamp(expires)})
 	return nil
+}
+
+// mint opens a session and mints its code, or does neither.
+func (s *server) mint(ctx context.Context, ttl time.Duration) (id sessionID, code string, expires time.Time, err error) {
+	id = uuid.New()
+	if err := s.hub.Open(ctx, meta{ID: id, Expires: time.Now().Add(ttl)}); err != nil {
+		return id, "", expires, err
+	}
+	if code, expires, err = s.codes.Mint(ctx, id, ttl); err != nil {
+		s.hub.End(context.WithoutCancel(ctx), id, errGone)
+	}
+	return id, code, expires, err
 }
 
 // mintTTL reads how long the caller wants a code to live.
@@ -60,7 +73,7 @@ func (s *server) mintTTL(w http.ResponseWriter, r *http.Request) (time.Duration,
 }
 
 // redeemCode is POST /rendezvous/redeem.
-func (s *server) redeemCode(w http.ResponseWriter, r *http.Request) error {
+func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) error {
 	code, err := redeemRequest(w, r)
 	if err != nil {
 		s.metrics.redeems[redeemBad].Inc()
@@ -69,7 +82,20 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request) error {
 	if s.draining.Load() {
 		return errDraining
 	}
+	done, retryAfter := s.limits.guesses.begin(c.network, code)
+	if done == nil {
+		s.metrics.throttled.Inc()
+		s.metrics.redeems[redeemThrottled].Inc()
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_attempts",
+			text: "this address has tried too many wrong codes", retryAfter: retryAfter}
+	}
 	id, expires, err := s.codes.Redeem(r.Context(), code)
+	wrong := errors.Is(err, errCodeGone) || errors.Is(err, errCodeUsed)
+	done(wrong)
+	if wrong {
+		s.limits.failures.add(1)
+		s.metrics.redeems[redeemGone].Inc()
+	}
 	if errors.Is(err, errCodeUsed) {
 		// Whoever minted it should know that two people hold the code.
 		if err := s.hub.Tell(r.Context(), id, event{kind: eventContested}); err != nil && !errors.Is(err, errGone) {
@@ -77,7 +103,6 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	if err != nil {
-		s.metrics.redeems[redeemGone].Inc()
 		return err
 	}
 	s.metrics.redeems[redeemOK].Inc()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -14,6 +15,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/rs/cors"
 )
 
 // A server answers HTTP and WebSocket requests with a hub and a code table.
@@ -26,17 +29,22 @@ type server struct {
 	metrics  *metrics
 	decoders *sync.Pool // of *frameDecoder
 	version  versionInfo
+	callers  *callerPolicy
+	cors     *cors.Cors
+	limits   limits
 	connOptions
 
 	clients  clientSet
 	draining atomic.Bool
 }
 
-func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, queued *budget) *server {
-	return &server{
+func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limits, queued *budget) *server {
+	s := &server{
 		cfg: cfg, log: log, hub: h, codes: c, metrics: m,
 		decoders: newFrameDecoderPool(),
 		version:  buildVersion(),
+		callers:  newCallerPolicy(cfg, log, m.untrusted),
+		limits:   l,
 		connOptions: connOptions{
 			heartbeat:  cfg.heartbeat,
 			maxMessage: cfg.maxMessage,
@@ -45,33 +53,60 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, queued
 			buffers:    new(bufferPool),
 			outboxes:   newOutboxPool(cfg.writeBuf),
 			queued:     queued,
+			partial:    &budget{limit: queued.limit},
 			metrics:    m,
 			start:      time.Now(),
 			tasks:      new(sync.WaitGroup),
 		},
-		clients: clientSet{all: make(map[*client]struct{})},
+		clients: clientSet{max: l.conns, all: make(map[*client]struct{})},
 	}
+	s.cors = cors.New(cors.Options{
+		AllowOriginVaryRequestFunc: func(r *http.Request, _ string) (bool, []string) { return s.callers.originAllowed(r), nil },
+		AllowedMethods:             []string{http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete},
+		AllowedHeaders:             []string{"Content-Type", "Authorization"},
+		ExposedHeaders:             []string{"Retry-After"},
+		MaxAge:                     600,
+	})
+	return s
 }
 
 // handler returns the routes.
 func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
-	route := func(path string, m methods) { mux.Handle(path, m.handler(s)) }
-	route("/rendezvous/code", methods{http.MethodPost: s.mintCode})
-	route("/rendezvous/redeem", methods{http.MethodPost: s.redeemCode})
-	route("/ws", methods{http.MethodGet: s.serveWS})
-	route("/healthz", methods{http.MethodGet: s.healthz})
-	route("/readyz", methods{http.MethodGet: s.readyz})
-	route("/version", methods{http.MethodGet: s.serveVersion})
+	route := func(path string, e endpoint) { mux.Handle(path, s.cors.Handler(s.endpoint(e))) }
+	route("/rendezvous/code", endpoint{limit: routeCode, methods: methods{http.MethodPost: s.mintCode}})
+	route("/rendezvous/redeem", endpoint{limit: routeRedeem, methods: methods{http.MethodPost: s.redeemCode}})
+	route("/whoami", endpoint{methods: methods{http.MethodGet: s.whoami}})
+	route("/healthz", endpoint{methods: methods{http.MethodGet: s.healthz}})
+	route("/readyz", endpoint{methods: methods{http.MethodGet: s.readyz}})
+	route("/version", endpoint{methods: methods{http.MethodGet: s.serveVersion}})
+	if s.cfg.metricsAddr == "" {
+		route(s.cfg.metricsRoute, s.metricsEndpoint())
+	}
+	// Browsers do not ask before they open a WebSocket: serveWS checks the origin.
+	mux.Handle("/ws", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveWS}}))
+	mux.HandleFunc("/", s.notFound)
+	return mux
+}
+
+// metricsHandler returns the one route of METRICS_ADDR.
+func (s *server) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(s.cfg.metricsRoute, s.endpoint(s.metricsEndpoint()))
+	mux.HandleFunc("/", s.notFound)
+	return mux
+}
+
+func (s *server) metricsEndpoint() endpoint {
 	metrics := s.metrics.handler()
-	route(s.cfg.metricsRoute, methods{http.MethodGet: func(w http.ResponseWriter, r *http.Request) error {
+	return endpoint{methods: methods{http.MethodGet: func(w http.ResponseWriter, r *http.Request, _ caller) error {
 		metrics.ServeHTTP(w, r)
 		return nil
-	}})
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		s.writeError(w, &apiError{status: http.StatusNotFound, code: "not_found", text: "there is nothing at this path"})
-	})
-	return mux
+	}}}
+}
+
+func (s *server) notFound(w http.ResponseWriter, _ *http.Request) {
+	s.writeError(w, &apiError{status: http.StatusNotFound, code: "not_found", text: "there is nothing at this path"})
 }
 
 // newHTTPServer returns an HTTP server with limits for slow and large requests.
@@ -93,35 +128,61 @@ const (
 	maxBody        = 4 << 10
 )
 
-// methods are the handlers of one path.
-type methods map[string]func(w http.ResponseWriter, r *http.Request) error
+// An endpoint is one path of the API.
+type endpoint struct {
+	methods methods
+	limit   route // counted against HTTP_RATE_PER_MIN; "" for those that are not
+}
 
-func (m methods) handler(s *server) http.Handler {
-	allowed := make([]string, 0, len(m)+1)
-	for method := range m {
-		allowed = append(allowed, method)
-	}
+// methods are the handlers of one path. An error they return is the answer.
+type methods map[string]func(http.ResponseWriter, *http.Request, caller) error
+
+// allowed lists the methods for the header Allow.
+func (m methods) allowed() string {
+	allowed := slices.Collect(maps.Keys(m))
 	if m[http.MethodGet] != nil {
 		allowed = append(allowed, http.MethodHead)
 	}
 	slices.Sort(allowed)
-	allow := strings.Join(allowed, ", ")
+	return strings.Join(allowed, ", ")
+}
+
+// endpoint returns the handler of e: it checks the method, where the page that
+// calls comes from, and how often the caller calls, in this order.
+func (s *server) endpoint(e endpoint) http.Handler {
+	allowed := e.methods.allowed()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		method := r.Method
 		if method == http.MethodHead {
 			method = http.MethodGet
 		}
-		handle := m[method]
+		handle := e.methods[method]
 		if handle == nil {
-			w.Header().Set("Allow", allow)
+			w.Header().Set("Allow", allowed)
 			s.writeError(w, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed",
-				text: "this path takes " + allow + ", not " + r.Method})
+				text: "this path takes " + allowed + ", not " + r.Method})
 			return
 		}
-		if err := handle(w, r); err != nil {
+		c := s.callers.identify(r)
+		err := s.admit(r, c, method, e.limit)
+		if err == nil {
+			err = handle(w, r, c)
+		}
+		if err != nil {
 			s.writeError(w, err)
 		}
 	})
+}
+
+// admit refuses writes from foreign pages, and callers that call too often.
+func (s *server) admit(r *http.Request, c caller, method string, limit route) error {
+	if method != http.MethodGet && !s.callers.originAllowed(r) {
+		return errForbiddenOrigin
+	}
+	if limit == "" {
+		return nil
+	}
+	return s.limitRate(s.limits.http, c, limit)
 }
 
 // An apiError is an answer that is an error: as HTTP, and, on connections that
@@ -145,6 +206,9 @@ func badRequest(code, text string) *apiError {
 var errUpgradeRequired = &apiError{status: http.StatusUpgradeRequired, code: "upgrade_required",
 	text: "this is a WebSocket endpoint (RFC 6455, version 13): connect with a WebSocket client"}
 
+var errForbiddenOrigin = &apiError{status: http.StatusForbidden, code: "forbidden_origin",
+	text: "pages of this origin may not call this server"}
+
 var errDraining = errors.New("the server is shutting down")
 
 // retrySoon is how long a client should wait where nothing better is known.
@@ -163,6 +227,8 @@ func toAPIError(err error) *apiError {
 		return &apiError{status: http.StatusNotFound, code: "unknown_session", text: err.Error(), closeCode: closeUnknown}
 	case errors.Is(err, errCapacity):
 		return &apiError{status: http.StatusServiceUnavailable, code: "at_capacity", text: err.Error(), retryAfter: retrySoon, closeCode: closeCapacity}
+	case errors.Is(err, errTooMany):
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_codes", text: err.Error(), retryAfter: retrySoon, closeCode: closeTooMany}
 	case errors.Is(err, errDraining):
 		return &apiError{status: http.StatusServiceUnavailable, code: "draining", text: err.Error(), retryAfter: retrySoon, closeCode: closeGoingAway}
 	case errors.Is(err, errBusy):
@@ -225,13 +291,13 @@ func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMess
 }
 
 // healthz answers as long as the process lives.
-func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
+func (s *server) healthz(w http.ResponseWriter, _ *http.Request, _ caller) error {
 	s.writeJSON(w, http.StatusOK, statusAnswer{"ok"})
 	return nil
 }
 
 // readyz answers 200 when new work is welcome.
-func (s *server) readyz(w http.ResponseWriter, r *http.Request) error {
+func (s *server) readyz(w http.ResponseWriter, r *http.Request, _ caller) error {
 	if s.draining.Load() {
 		return errDraining
 	}
@@ -246,7 +312,7 @@ type statusAnswer struct {
 	Status string `json:"status"`
 }
 
-func (s *server) serveVersion(w http.ResponseWriter, _ *http.Request) error {
+func (s *server) serveVersion(w http.ResponseWriter, _ *http.Request, _ caller) error {
 	s.writeJSON(w, http.StatusOK, s.version)
 	return nil
 }
@@ -254,7 +320,7 @@ func (s *server) serveVersion(w http.ResponseWriter, _ *http.Request) error {
 // run does the background work until ctx is done.
 func (s *server) run(ctx context.Context) {
 	var tasks sync.WaitGroup
-	for _, task := range []func(context.Context) error{s.hub.Run, s.codes.Run} {
+	for _, task := range []func(context.Context) error{s.hub.Run, s.codes.Run, s.limits.run} {
 		tasks.Go(func() {
 			if err := task(ctx); err != nil {
 				s.log.Error("background work ended", "error", err)

@@ -27,13 +27,17 @@ type client struct {
 	side string
 	v1   bool
 
+	network network // whose connection it is
+
 	// Where this connection is in its mail: the highest seq it was sent or said
 	// it has, and whether delivery has begun.
 	cursor    atomic.Uint64
 	mailOpen  atomic.Bool
 	mailTimer *time.Timer // opens the mail; nil where none waited
 
-	errors *rate.Limiter // of error frames; of the reading goroutine, nil before the first
+	// of the reading goroutine
+	frames *rate.Limiter // nil without WS_FRAMES_PER_SEC
+	errors *rate.Limiter // of error frames; nil before the first
 }
 
 // A client may earn errorBurst error frames at once and errorRate a second; one
@@ -45,20 +49,32 @@ const (
 
 // serveWS is GET /ws: it checks the request, takes the seat, and only then
 // upgrades, so that most refusals are HTTP.
-func (s *server) serveWS(w http.ResponseWriter, r *http.Request) error {
+func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) error {
 	id, join, err := s.seatRequest(r)
 	if err != nil {
 		return err
+	}
+	if !s.callers.originAllowed(r) {
+		return errForbiddenOrigin
 	}
 	v1, err := checkUpgrade(w, r)
 	if err != nil {
 		return err
 	}
-	c := &client{srv: s, side: join.name, v1: v1}
-	c.connOptions, c.src = &s.connOptions, c
-	if !s.clients.add(c) {
-		return s.refuse(w, r, c, errDraining)
+	if err := s.limitRate(s.limits.ws, from, routeWS); err != nil {
+		return err
 	}
+	c := &client{srv: s, side: join.name, v1: v1, network: from.network}
+	c.connOptions, c.src = &s.connOptions, c
+	if n := s.cfg.wsFramesPerSec; n > 0 {
+		c.frames = rate.NewLimiter(rate.Limit(n), n)
+	}
+	if err := s.admitClient(c); errors.Is(err, errDraining) {
+		return s.refuse(w, r, c, err)
+	} else if err != nil {
+		return err
+	}
+	join.owner = from.network
 	if v1 {
 		join.v = 1
 	}
@@ -69,11 +85,31 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request) error {
 	c.seat = seat
 	if err := c.accept(w, r, subprotocol(v1)); err != nil {
 		seat.Leave(context.WithoutCancel(r.Context()), false)
-		s.clients.remove(c)
+		s.release(c)
 		return nil // the library has answered
 	}
 	c.attach(view)
 	return nil
+}
+
+// admitClient counts a connection, before it is one. Unless it fails with another
+// error than errDraining, release must follow.
+func (s *server) admitClient(c *client) error {
+	if ok, _ := s.limits.perIP.take(c.network); !ok {
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_connections",
+			text: "this address has as many connections as it may", retryAfter: retrySoon}
+	}
+	err := s.clients.add(c)
+	if err != nil && !errors.Is(err, errDraining) {
+		s.limits.perIP.give(c.network)
+	}
+	return err
+}
+
+// release uncounts a connection that is over.
+func (s *server) release(c *client) {
+	s.clients.remove(c)
+	s.limits.perIP.give(c.network)
 }
 
 // seatRequest reads the query of GET /ws.
@@ -165,11 +201,11 @@ func hasToken(values []string, token string) bool {
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why error) error {
 	e := toAPIError(why)
 	if e.closeReason == "" && !c.v1 || e.closeCode == 0 {
-		s.clients.remove(c)
+		s.release(c)
 		return e
 	}
 	if err := c.accept(w, r, subprotocol(c.v1)); err != nil {
-		s.clients.remove(c)
+		s.release(c)
 		return nil
 	}
 	reason := e.code
@@ -214,7 +250,7 @@ func (c *client) attach(v view) {
 func (c *client) run() {
 	c.metrics.connects.Inc()
 	c.metrics.connections.Inc()
-	defer c.srv.clients.remove(c)
+	defer c.srv.release(c)
 	defer func() { c.metrics.closed(c.closing()); c.metrics.connections.Dec() }()
 	defer c.finish()
 	if c.seat == nil {
@@ -252,6 +288,9 @@ func (c *client) serve() (forGood bool) {
 	}
 }
 
+// errTooManyFrames ends a connection that sends more than WS_FRAMES_PER_SEC.
+var errTooManyFrames = errors.New("too many frames")
+
 // readOne reads and handles one message. It is not inlined, to keep wait's
 // stack small.
 //
@@ -263,6 +302,10 @@ func (c *client) readOne() error {
 	}
 	held := false
 	if buf != nil {
+		if c.frames != nil && !c.frames.Allow() {
+			buf.free()
+			return errTooManyFrames
+		}
 		if held, err = c.handle(buf, data, binary); err != nil {
 			return err
 		}
@@ -480,6 +523,10 @@ func (c *client) lost(err error) (forGood bool) {
 		return left.Code == websocket.StatusNormalClosure || left.Code == websocket.StatusNoStatusRcvd
 	case errors.Is(err, errBadUTF8):
 		c.close(closeBadUTF8, err.Error())
+	case errors.Is(err, errTooManyFrames):
+		c.close(closeTooMany, err.Error())
+	case errors.Is(err, errNoRoom):
+		c.close(closeCapacity, err.Error())
 	case errors.Is(err, websocket.ErrMessageTooBig):
 		c.close(closeTooBig, "message too big")
 	case errors.Is(err, os.ErrDeadlineExceeded):

@@ -1,0 +1,235 @@
+package main
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A front is a listener and what is served on it.
+type front struct {
+	listener    net.Listener
+	web         *http.Server
+	certificate *certificate // nil without TLS
+}
+
+// openFronts opens the listeners: the first for everything, and a second one
+// for METRICS_ADDR.
+func (s *server) openFronts() (fronts []front, err error) {
+	defer func() {
+		if err != nil {
+			for _, f := range fronts {
+				f.listener.Close()
+			}
+		}
+	}()
+	main := front{web: s.newHTTPServer(s.handler())}
+	main.web.ConnState = newConnectionGuard(openFileLimit(), s.clients.count).track
+	if s.cfg.tlsCertFile != "" {
+		if main.certificate, err = loadCertificate(s.cfg.tlsCertFile, s.cfg.tlsKeyFile, s.log); err != nil {
+			return nil, err
+		}
+		main.web.TLSConfig = main.certificate.config()
+	}
+	if main.listener, err = listen(s.cfg.host, s.cfg.port); err != nil {
+		return nil, err
+	}
+	fronts = append(fronts, main)
+	if s.cfg.metricsAddr == "" {
+		return fronts, nil
+	}
+	metrics := front{web: s.newHTTPServer(s.metricsHandler())}
+	if metrics.listener, err = net.Listen("tcp", s.cfg.metricsAddr); err != nil {
+		return fronts, fmt.Errorf("METRICS_ADDR: %w", err)
+	}
+	s.log.Info("metrics are served apart", "address", metrics.listener.Addr().String())
+	return append(fronts, metrics), nil
+}
+
+// serve serves until the front's server is shut down, or fails. The certificate
+// is followed until ctx is done.
+func (f front) serve(ctx context.Context) error {
+	if f.certificate == nil {
+		return f.web.Serve(f.listener)
+	}
+	go f.certificate.run(ctx)
+	return f.web.ServeTLS(f.listener, "", "")
+}
+
+// listen opens the listener of HOST and PORT: TCP, or a socket file.
+func listen(host string, port int) (net.Listener, error) {
+	path, isFile := strings.CutPrefix(host, "unix:")
+	if !isFile {
+		return net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	}
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	return net.Listen("unix", path)
+}
+
+// removeStale removes a socket file that a killed process left behind.
+func removeStale(path string) error {
+	info, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if info.Mode()&os.ModeSocket == 0 {
+		return fmt.Errorf("%s is there already and is no socket", path)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return fmt.Errorf("%s: another process listens there", path)
+	}
+	return os.Remove(path)
+}
+
+// certificateEvery is how often the certificate files are read.
+const certificateEvery = 5 * time.Second
+
+// A certificate is a TLS certificate that follows its files.
+type certificate struct {
+	// static after construction
+	certFile, keyFile string
+	log               *slog.Logger
+
+	current atomic.Pointer[tls.Certificate]
+
+	// for the goroutine that runs run
+	seen [2][]byte // what the files held when they were last read
+}
+
+// loadCertificate reads the two files.
+func loadCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
+	if _, err := c.read(); err != nil {
+		return nil, fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
+	}
+	return c, nil
+}
+
+// read takes the files' pair into use, if it has changed and is one.
+func (c *certificate) read() (changed bool, err error) {
+	var files [2][]byte
+	for i, name := range []string{c.certFile, c.keyFile} {
+		if files[i], err = os.ReadFile(name); err != nil {
+			return false, err
+		}
+	}
+	if bytes.Equal(files[0], c.seen[0]) && bytes.Equal(files[1], c.seen[1]) {
+		return false, nil
+	}
+	pair, err := tls.X509KeyPair(files[0], files[1])
+	c.seen = files // a broken pair is complained of once
+	if err != nil {
+		return true, err
+	}
+	c.current.Store(&pair)
+	return true, nil
+}
+
+// run follows the files until ctx is done. While they are broken the old
+// certificate stays.
+func (c *certificate) run(ctx context.Context) {
+	tick := time.NewTicker(certificateEvery)
+	defer tick.Stop()
+	missing := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		changed, err := c.read()
+		switch {
+		case err != nil && (changed || err.Error() != missing):
+			c.log.Error("the new certificate is not used, the old one stays", "error", err)
+		case changed:
+			c.log.Info("certificate reloaded")
+		}
+		if missing = ""; err != nil && !changed {
+			missing = err.Error()
+		}
+	}
+}
+
+// config returns the TLS settings: 1.2 and up, and HTTP/1.1 only, because a
+// WebSocket needs it (RFC 6455 section 4.1).
+func (c *certificate) config() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return c.current.Load(), nil
+		},
+	}
+}
+
+// A connectionGuard keeps connections that do nothing from using up the open
+// files: when there are max, the one that has waited longest for a request to
+// begin, or to end its header, makes room for a new one. Its track method is an
+// http.Server's ConnState.
+type connectionGuard struct {
+	// static after construction
+	max        int        // 0 for no limit
+	webSockets func() int // connections that http.Server has forgotten
+
+	mu sync.Mutex
+	// guarded by mu
+	open    int // all others
+	waiting map[net.Conn]*list.Element
+	order   *list.List // of net.Conn; who has waited longest first
+}
+
+// newConnectionGuard returns a guard that leaves some of the process's open
+// files to other things than connections.
+func newConnectionGuard(openFiles int, webSockets func() int) *connectionGuard {
+	return &connectionGuard{
+		max: openFiles / 20 * 19, webSockets: webSockets,
+		waiting: make(map[net.Conn]*list.Element), order: list.New(),
+	}
+}
+
+func (g *connectionGuard) track(c net.Conn, state http.ConnState) {
+	if evicted := g.note(c, state); evicted != nil {
+		evicted.Close() // http.Server tells us of that in turn
+	}
+}
+
+// note takes note of a connection's new state and returns which one to close.
+func (g *connectionGuard) note(c net.Conn, state http.ConnState) (evict net.Conn) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if e := g.waiting[c]; e != nil {
+		g.order.Remove(e)
+		delete(g.waiting, c)
+	}
+	switch state {
+	case http.StateNew:
+		g.open++
+		if oldest := g.order.Front(); oldest != nil && g.max > 0 && g.open+g.webSockets() > g.max {
+			evict = g.order.Remove(oldest).(net.Conn)
+			delete(g.waiting, evict)
+		}
+		g.waiting[c] = g.order.PushBack(c)
+	case http.StateIdle:
+		g.waiting[c] = g.order.PushBack(c)
+	case http.StateHijacked, http.StateClosed:
+		g.open--
+	}
+	return evict
+}

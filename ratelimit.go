@@ -1,0 +1,437 @@
+package main
+
+import (
+	"container/list"
+	"context"
+	"hash/maphash"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// limits are all bounds by address, and on the number of connections.
+type limits struct {
+	http     *rateLimit
+	ws       *rateLimit
+	guesses  *guessBudget
+	failures *slidingCount // redeems that failed, from everywhere
+	conns    int           // 0 for no limit
+	perIP    *quota        // of connections
+	codes    *quota        // of codes, and, where any ID may be joined, sessions
+}
+
+func newLimits(cfg *config) limits {
+	l := limits{
+		http:     newRateLimit(cfg.httpRatePerMin),
+		ws:       newRateLimit(cfg.wsRatePerMin),
+		guesses:  newGuessBudget(cfg.redeemFails, cfg.roomTTL),
+		failures: &slidingCount{window: cfg.roomTTL},
+		conns:    cfg.maxConns,
+		perIP:    newQuota(cfg.maxConnsPerIP),
+		codes:    newQuota(cfg.maxCodesPerIP),
+	}
+	if l.conns == 0 {
+		l.conns = openFileLimit() / 10 * 9
+	}
+	return l
+}
+
+// run forgets addresses that hold nothing any more, until ctx is done.
+func (l limits) run(ctx context.Context) error {
+	tick := time.NewTicker(janitorEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			l.codes.sweep()
+		}
+	}
+}
+
+// A route is what calls are counted under; the label of a metric.
+type route string
+
+const (
+	routeCode   route = "code"
+	routeRedeem route = "redeem"
+	routeWS     route = "ws"
+)
+
+// limitRate refuses a call that comes too soon.
+func (s *server) limitRate(l *rateLimit, c caller, r route) error {
+	ok, retryAfter := l.allow(c.network)
+	if ok {
+		return nil
+	}
+	s.metrics.rateLimited[r].Inc()
+	return &apiError{status: http.StatusTooManyRequests, code: "rate_limited",
+		text: "this address calls too often", retryAfter: retryAfter}
+}
+
+// maxAddresses bounds each table of addresses. An entry takes less than 500
+// bytes, so that a table never grows past 32 MiB however many addresses call.
+const maxAddresses = 1 << 16
+
+// A network is what limits are counted by: an IPv4 address, an IPv6 /64, which
+// is what one customer gets, or an IPv6 /48, which is what one site may have.
+type network = netip.Prefix
+
+// networkOf returns the network of addr.
+func networkOf(addr netip.Addr) network {
+	if addr.Is4() {
+		return netip.PrefixFrom(addr, 32)
+	}
+	n, _ := addr.Prefix(64)
+	return n
+}
+
+// siteOf returns the /48 around an IPv6 network; ok is false for IPv4.
+func siteOf(n network) (site network, ok bool) {
+	if n.Addr().Is4() {
+		return n, false
+	}
+	site, _ = n.Addr().Prefix(48)
+	return site, true
+}
+
+// An addressTable keeps something for each network, at most max of them: the
+// one that has been idle longest makes room for a new one.
+type addressTable[V any] struct {
+	// static after construction
+	max  int
+	make func() V
+
+	mu sync.Mutex
+	// guarded by mu, and so is every V
+	entries map[network]*list.Element // of addressEntry[V]
+	recent  *list.List                // the most recent first
+}
+
+type addressEntry[V any] struct {
+	key   network
+	value V
+}
+
+func newAddressTable[V any](max int, make_ func() V) *addressTable[V] {
+	return &addressTable[V]{max: max, make: make_, entries: make(map[network]*list.Element), recent: list.New()}
+}
+
+// with calls f with the entry of key, made if need be, with mu held.
+func (t *addressTable[V]) with(key network, f func(*V)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.entries[key]
+	if e == nil {
+		if len(t.entries) >= t.max {
+			oldest := t.recent.Back()
+			delete(t.entries, t.recent.Remove(oldest).(*addressEntry[V]).key)
+		}
+		e = t.recent.PushFront(&addressEntry[V]{key, t.make()})
+		t.entries[key] = e
+	}
+	t.recent.MoveToFront(e)
+	f(&e.Value.(*addressEntry[V]).value)
+}
+
+// A rateLimit allows each network so many requests a minute, with a burst of
+// one minute's worth. The nil rateLimit, and
+// the zero network, are not limited.
+type rateLimit struct {
+	buckets *addressTable[*rate.Limiter]
+}
+
+func newRateLimit(perMinute int) *rateLimit {
+	if perMinute == 0 {
+		return nil
+	}
+	return &rateLimit{newAddressTable(maxAddresses, func() *rate.Limiter {
+		return rate.NewLimiter(rate.Limit(float64(perMinute)/60), perMinute)
+	})}
+}
+
+// allow reports whether a request may pass now, and otherwise after how long
+// the next one may.
+func (l *rateLimit) allow(n network) (ok bool, retryAfter time.Duration) {
+	if l == nil || !n.IsValid() {
+		return true, 0
+	}
+	now := time.Now()
+	l.buckets.with(n, func(b **rate.Limiter) {
+		r := (*b).ReserveN(now, 1)
+		if retryAfter = r.DelayFrom(now); retryAfter > 0 {
+			r.CancelAt(now)
+		}
+	})
+	return retryAfter == 0, retryAfter
+}
+
+// siteGuesses is how many times a network's budget of wrong guesses the whole
+// IPv6 /48 around it has.
+const siteGuesses = 8
+
+// A guessBudget bounds how many wrong guesses each network may make. The nil
+// guessBudget bounds nothing, and the zero network is not bounded.
+type guessBudget struct {
+	// static after construction
+	budget int // in each window
+	window time.Duration
+	seed   maphash.Seed
+
+	networks *addressTable[guesser]
+	sites    *addressTable[guesser]
+}
+
+// A guesser is what is known of one network's guesses.
+type guesser struct {
+	tokens  *rate.Limiter // a token is a wrong guess
+	pending int           // guesses that are being answered
+	wrong   []wrongGuess  // recent ones, which do not count again
+}
+
+type wrongGuess struct {
+	hash uint64
+	at   time.Time
+}
+
+func newGuessBudget(budget int, window time.Duration) *guessBudget {
+	if budget == 0 {
+		return nil
+	}
+	table := func(tokens int) *addressTable[guesser] {
+		return newAddressTable(maxAddresses, func() guesser {
+			return guesser{tokens: rate.NewLimiter(rate.Limit(float64(tokens)/window.Seconds()), tokens)}
+		})
+	}
+	return &guessBudget{budget: budget, window: window, seed: maphash.MakeSeed(), networks: table(budget), sites: table(siteGuesses * budget)}
+}
+
+// begin asks whether n may guess, right or wrong. If so, the caller tells
+// whether the guess was wrong by calling done; if not, retryAfter is when n may.
+// A guess under way counts as if it were wrong, so that many at once do not get
+// more answers than one after the other would.
+func (g *guessBudget) begin(n network, guess string) (done func(wrong bool), retryAfter time.Duration) {
+	if g == nil || !n.IsValid() {
+		return func(bool) {}, 0
+	}
+	now := time.Now()
+	g.networks.with(n, func(e *guesser) { retryAfter = e.begin(now) })
+	if retryAfter > 0 {
+		return nil, retryAfter
+	}
+	site, inSite := siteOf(n)
+	if inSite {
+		g.sites.with(site, func(e *guesser) { retryAfter = e.begin(now) })
+		if retryAfter > 0 {
+			g.networks.with(n, func(e *guesser) { e.end(false, now) })
+			return nil, retryAfter
+		}
+	}
+	return func(wrong bool) {
+		counts := false
+		g.networks.with(n, func(e *guesser) {
+			counts = wrong && e.firstTime(maphash.String(g.seed, guess), now.Add(-g.window), now)
+			e.end(counts, now)
+		})
+		if inSite {
+			g.sites.with(site, func(e *guesser) { e.end(counts, now) })
+		}
+	}, 0
+}
+
+// begin begins a guess, unless the tokens are used up.
+func (e *guesser) begin(now time.Time) (retryAfter time.Duration) {
+	if missing := float64(e.pending+1) - e.tokens.TokensAt(now); missing > 0 {
+		return time.Duration(missing / float64(e.tokens.Limit()) * float64(time.Second))
+	}
+	e.pending++
+	return 0
+}
+
+// end ends a guess; a wrong one costs a token.
+func (e *guesser) end(counts bool, now time.Time) {
+	e.pending = max(e.pending-1, 0) // the entry may have made room and be new
+	if counts {
+		e.tokens.AllowN(now, 1)
+	}
+}
+
+// firstTime reports whether the wrong guess is not one of those since, and
+// remembers it.
+func (e *guesser) firstTime(hash uint64, since, now time.Time) bool {
+	e.wrong = slices.DeleteFunc(e.wrong, func(w wrongGuess) bool { return w.at.Before(since) })
+	for _, w := range e.wrong {
+		if w.hash == hash {
+			return false
+		}
+	}
+	e.wrong = append(e.wrong, wrongGuess{hash, now})
+	return true
+}
+
+// left returns how many wrong guesses n has left now; -1 is any number.
+func (g *guessBudget) left(n network) int {
+	if g == nil || !n.IsValid() {
+		return -1
+	}
+	left := 0
+	g.networks.with(n, func(e *guesser) { left = int(e.tokens.Tokens()) - e.pending })
+	if site, ok := siteOf(n); ok {
+		g.sites.with(site, func(e *guesser) { left = min(left, int(e.tokens.Tokens())-e.pending) })
+	}
+	return max(left, 0)
+}
+
+// A slidingCount counts events within a window that slides: those of the
+// current window, and of the one before in proportion to what it overlaps.
+type slidingCount struct {
+	// static after construction
+	window time.Duration
+
+	mu sync.Mutex
+	// guarded by mu
+	begin            time.Time // of the current window
+	current, earlier int
+}
+
+func (c *slidingCount) add(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.slide(time.Now())
+	c.current += n
+}
+
+// count returns about how many events there were within the last window.
+func (c *slidingCount) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	c.slide(now)
+	overlap := 1 - now.Sub(c.begin).Seconds()/c.window.Seconds()
+	return c.current + int(float64(c.earlier)*overlap)
+}
+
+// slide begins a new window when the current one is over. The caller holds mu.
+func (c *slidingCount) slide(now time.Time) {
+	switch past := now.Sub(c.begin); {
+	case past >= 2*c.window:
+		c.begin, c.current, c.earlier = now, 0, 0
+	case past >= c.window:
+		c.begin, c.earlier, c.current = c.begin.Add(c.window), c.current, 0
+	}
+}
+
+// A quota bounds what each network holds at a time: connections, or codes and
+// sessions. A limit of 0 bounds nothing. Entries go when nothing is held, so
+// that the table is no larger than what it counts.
+type quota struct {
+	// static after construction
+	limit int
+
+	mu sync.Mutex
+	// guarded by mu
+	held map[network]*holding
+}
+
+// A holding is what one network holds: some until they are given back, some
+// until a time.
+type holding struct {
+	open    int
+	expires []time.Time // sorted
+}
+
+func newQuota(limit int) *quota { return &quota{limit: limit, held: make(map[network]*holding)} }
+
+// take takes one, to be given back, or says when a next one may be free: 0 when
+// that is not known.
+func (q *quota) take(n network) (ok bool, retryAfter time.Duration) {
+	return q.add(n, func(h *holding) { h.open++ })
+}
+
+// takeUntil takes one until expires.
+func (q *quota) takeUntil(n network, expires time.Time) (ok bool, retryAfter time.Duration) {
+	return q.add(n, func(h *holding) {
+		i, _ := slices.BinarySearchFunc(h.expires, expires, time.Time.Compare)
+		h.expires = slices.Insert(h.expires, i, expires)
+	})
+}
+
+func (q *quota) add(n network, one func(*holding)) (ok bool, retryAfter time.Duration) {
+	if q.limit == 0 || !n.IsValid() {
+		return true, 0
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	h := q.held[n]
+	if h == nil {
+		h = new(holding)
+		q.held[n] = h
+	}
+	now := time.Now()
+	h.expire(now)
+	if h.open+len(h.expires) >= q.limit {
+		if len(h.expires) > 0 {
+			retryAfter = h.expires[0].Sub(now)
+		}
+		return false, retryAfter
+	}
+	one(h)
+	return true, 0
+}
+
+// give gives back what take took.
+func (q *quota) give(n network) {
+	if q.limit == 0 || !n.IsValid() {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if h := q.held[n]; h != nil {
+		h.open--
+		h.expire(time.Now())
+		q.forget(n, h)
+	}
+}
+
+// giveEarly gives back what takeUntil took.
+func (q *quota) giveEarly(n network, expires time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if h := q.held[n]; h != nil {
+		if i, found := slices.BinarySearchFunc(h.expires, expires, time.Time.Compare); found {
+			h.expires = slices.Delete(h.expires, i, i+1)
+		}
+		q.forget(n, h)
+	}
+}
+
+// sweep forgets networks that hold nothing any more.
+func (q *quota) sweep() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	now := time.Now()
+	for n, h := range q.held {
+		h.expire(now)
+		q.forget(n, h)
+	}
+}
+
+// forget drops h if it is empty. The caller holds mu.
+func (q *quota) forget(n network, h *holding) {
+	if h.open == 0 && len(h.expires) == 0 {
+		delete(q.held, n)
+	}
+}
+
+func (h *holding) expire(now time.Time) {
+	past := 0
+	for past < len(h.expires) && !now.Before(h.expires[past]) {
+		past++
+	}
+	h.expires = slices.Delete(h.expires, 0, past)
+}
