@@ -85,6 +85,7 @@ type conn struct {
 	one       [1]byte // where a byte is waited for that cannot be polled for
 	poll      func(fd uintptr) bool
 	pollErr   error
+	once      bool  // poll does not wait
 	readErr   error // of the socket, when the library's reading failed for it
 	boundary  bool  // the library stands between two messages
 	inMessage bool  // a message has begun and not ended
@@ -240,7 +241,8 @@ func (c *conn) pollRead(fd uintptr) bool {
 	n, err := sysRead(fd, buf.b[:c.readSize])
 	if wouldBlock(err) {
 		buf.free()
-		return false
+		c.pollErr = nil
+		return c.once
 	}
 	if n <= 0 {
 		buf.free()
@@ -262,16 +264,8 @@ func (c *conn) read(p []byte) (int, error) {
 			c.boundary = false
 			return 0, errIdle
 		}
-		if !c.deadline {
-			c.deadline = true
-			c.net.SetReadDeadline(time.Now().Add(messageTimeout))
-			if c.closing() != 0 { // whose kick we have just undone
-				return 0, os.ErrDeadlineExceeded
-			}
-		}
-		if err := c.wait(); err != nil {
-			c.readErr = err
-			return 0, err
+		if c.readErr = c.waitInMessage(); c.readErr != nil {
+			return 0, c.readErr
 		}
 	}
 	n := copy(p, c.in.b[c.inFrom:c.inTo])
@@ -284,12 +278,33 @@ func (c *conn) read(p []byte) (int, error) {
 	return n, nil
 }
 
+// waitInMessage waits for the rest of a message. The deadline is only set when
+// there is nothing to read yet: in a burst there always is.
+func (c *conn) waitInMessage() error {
+	if c.sys != nil && !c.deadline {
+		c.once = true
+		err := c.sys.Read(c.poll)
+		c.once = false
+		if err != nil || c.in != nil || c.pollErr != nil {
+			return errors.Join(err, c.pollErr)
+		}
+	}
+	if !c.deadline {
+		c.deadline = true
+		c.net.SetReadDeadline(time.Now().Add(messageTimeout))
+		if c.closing() != 0 { // whose kick we have just undone
+			return os.ErrDeadlineExceeded
+		}
+	}
+	return c.wait()
+}
+
 // controlRead notes that the library has read a whole control frame. If nothing
 // is buffered behind it, it stands between two messages, or between two frames
 // of one: only in the first case does it come back for more with an open reader.
 func (c *conn) controlRead() { c.boundary = !c.inMessage && c.br.Buffered() == 0 }
 
-// settle ends a message's deadline.
+// settle ends the deadline of a message that has been read.
 func (c *conn) settle() {
 	if c.deadline {
 		c.deadline = false
@@ -355,11 +370,16 @@ func (c *conn) admit(n int) error {
 	if n <= freeBuffer {
 		return nil
 	}
-	for deadline := c.now() + int64(messageTimeout); !c.partial.spare(n); {
+	if c.partial.spare(n) {
+		return nil
+	}
+	c.paused.Store(true)
+	defer c.paused.Store(false)
+	defer c.touch()
+	for deadline := c.now() + int64(messageTimeout); !c.partial.spare(n); time.Sleep(roomPoll) {
 		if c.closing() != 0 || c.now() >= deadline {
 			return errNoRoom
 		}
-		time.Sleep(roomPoll)
 	}
 	return nil
 }

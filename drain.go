@@ -22,7 +22,7 @@ type clientSet struct {
 // errConns refuses a connection; like the other limits on connections it is
 // always answered as HTTP.
 var errConns = &apiError{status: http.StatusServiceUnavailable, code: "at_capacity",
-	text: "the server has as many connections as it may", retryAfter: retrySoon}
+	text: "the server has as many connections as it may"}
 
 // add fails with errConns, and, when the server is draining, with errDraining:
 // then the client is in the set all the same, for it may have to be told.

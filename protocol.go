@@ -170,10 +170,10 @@ const (
 	closeUnknown   closeCode = 4504 // the session is unknown or has expired
 )
 
-// closeCodes lists those that closes are counted under.
+// closeCodes lists those that closes are counted under; the rest is "other".
 func closeCodes() []closeCode {
 	return []closeCode{
-		closeNormal, closeGoingAway, closeProtocol, closeNoStatus, closeAbnormal, closeBadUTF8, closeBusy,
+		closeNormal, closeGoingAway, closeProtocol, closeAbnormal, closeBadUTF8, closeBusy,
 		closeTooBig, closeInternal, closeSlow, closeCapacity, closeTooMany, closeReplaced, closeUnknown,
 	}
 }

@@ -24,7 +24,7 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) erro
 	until := time.Now().Add(ttl)
 	if ok, retryAfter := s.limits.codes.takeUntil(c.network, until); !ok {
 		return &apiError{status: http.StatusTooManyRequests, code: "too_many_codes",
-			text: "this address has as many unexpired codes as it may", retryAfter: max(retryAfter, retrySoon)}
+			text: "this address has as many unexpired codes as it may", retryAfter: retryAfter}
 	}
 	id, code, expires, err := s.mint(r.Context(), ttl)
 	if err != nil {

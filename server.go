@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -191,7 +192,7 @@ type apiError struct {
 	status     int
 	code       string        // for machines
 	text       string        // for people
-	retryAfter time.Duration // of 429 and 503
+	retryAfter time.Duration // of 429 and 503; 0 for retrySoon
 
 	closeCode   closeCode // 0 when it is always HTTP
 	closeReason string    // when every client is told by a close frame; SIDE stands for the seat
@@ -226,11 +227,11 @@ func toAPIError(err error) *apiError {
 	case errors.Is(err, errGone):
 		return &apiError{status: http.StatusNotFound, code: "unknown_session", text: err.Error(), closeCode: closeUnknown}
 	case errors.Is(err, errCapacity):
-		return &apiError{status: http.StatusServiceUnavailable, code: "at_capacity", text: err.Error(), retryAfter: retrySoon, closeCode: closeCapacity}
+		return &apiError{status: http.StatusServiceUnavailable, code: "at_capacity", text: err.Error(), closeCode: closeCapacity}
 	case errors.Is(err, errTooMany):
-		return &apiError{status: http.StatusTooManyRequests, code: "too_many_codes", text: err.Error(), retryAfter: retrySoon, closeCode: closeTooMany}
+		return &apiError{status: http.StatusTooManyRequests, code: "too_many_codes", text: err.Error(), closeCode: closeTooMany}
 	case errors.Is(err, errDraining):
-		return &apiError{status: http.StatusServiceUnavailable, code: "draining", text: err.Error(), retryAfter: retrySoon, closeCode: closeGoingAway}
+		return &apiError{status: http.StatusServiceUnavailable, code: "draining", text: err.Error(), closeCode: closeGoingAway}
 	case errors.Is(err, errBusy):
 		return &apiError{status: http.StatusConflict, code: "seat_busy", text: err.Error(), closeCode: closeBusy, closeReason: "side SIDE busy"}
 	case errors.Is(err, errTakeovers):
@@ -244,13 +245,14 @@ func toAPIError(err error) *apiError {
 		return &apiError{status: http.StatusGone, code: "gone", text: "the code is unknown, has been used, or has expired"}
 	}
 	return &apiError{status: http.StatusServiceUnavailable, code: "backend_unavailable",
-		text: "the server cannot do this at the moment", retryAfter: retrySoon, closeCode: closeInternal}
+		text: "the server cannot do this at the moment", closeCode: closeInternal}
 }
 
 func (s *server) writeError(w http.ResponseWriter, err error) {
 	e := toAPIError(err)
-	if e.retryAfter > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
+	if e.status == http.StatusTooManyRequests || e.status == http.StatusServiceUnavailable {
+		wait := cmp.Or(e.retryAfter, retrySoon)
+		w.Header().Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(wait.Seconds())))))
 	}
 	s.writeJSON(w, e.status, struct {
 		Error string `json:"error"`

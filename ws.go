@@ -79,6 +79,9 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 		join.v = 1
 	}
 	seat, view, err := s.hub.Join(r.Context(), id, join, c.notify)
+	if errors.Is(err, errTakeovers) {
+		s.metrics.resumes[resumeRefused].Inc()
+	}
 	if err != nil {
 		return s.refuse(w, r, c, err)
 	}
@@ -97,7 +100,7 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 func (s *server) admitClient(c *client) error {
 	if ok, _ := s.limits.perIP.take(c.network); !ok {
 		return &apiError{status: http.StatusTooManyRequests, code: "too_many_connections",
-			text: "this address has as many connections as it may", retryAfter: retrySoon}
+			text: "this address has as many connections as it may"}
 	}
 	err := s.clients.add(c)
 	if err != nil && !errors.Is(err, errDraining) {
@@ -283,7 +286,6 @@ func (c *client) serve() (forGood bool) {
 		}
 		if !c.buffered() {
 			c.seat.Flush(context.Background())
-			c.settle()
 		}
 	}
 }
@@ -300,6 +302,7 @@ func (c *client) readOne() error {
 	if err != nil {
 		return err
 	}
+	c.settle()
 	held := false
 	if buf != nil {
 		if c.frames != nil && !c.frames.Allow() {
