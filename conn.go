@@ -94,6 +94,7 @@ type conn struct {
 	lastByte atomic.Int64 // when something was read, since start
 	paused   atomic.Bool  // not reading, because someone is slow to
 	flooded  atomic.Bool  // there are more answers than should wait
+	broken   atomic.Bool  // writing has failed
 	turn     atomic.Int32 // the write turn: turnFree, turnTaken, turnAgain
 
 	mu sync.Mutex
@@ -398,7 +399,7 @@ const firstBuffer = 1 << 10
 func (c *conn) pause(held func() bool) {
 	for {
 		c.mu.Lock()
-		if c.closed != 0 {
+		if c.closed != 0 || c.broken.Load() {
 			c.mu.Unlock()
 			break
 		}
@@ -406,7 +407,7 @@ func (c *conn) pause(held func() bool) {
 		c.gate = gate
 		c.mu.Unlock()
 		c.paused.Store(true) // before held is asked: who changes the answer then opens the gate
-		if !full && !held() {
+		if !full && !held() || c.broken.Load() {
 			break
 		}
 		<-gate
@@ -555,7 +556,7 @@ func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error)) 
 				c.abort(closeSlow)
 				return false
 			} else if err != nil {
-				c.abort(closeAbnormal)
+				c.writeFailed()
 				return false
 			}
 		}
@@ -568,6 +569,14 @@ func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error)) 
 		c.turn.Store(turnTaken)
 		o.more = true
 	}
+}
+
+// writeFailed is called when the peer is gone. What it sent before that is
+// still to be read, mail and acknowledgements among it: the reading goroutine
+// goes on until it finds the end itself.
+func (c *conn) writeFailed() {
+	c.broken.Store(true)
+	c.openGate()
 }
 
 // tryWrite writes some of o.rest, or reports that it would have to wait.

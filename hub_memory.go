@@ -487,6 +487,7 @@ func (m *memorySeat) check() error {
 func (m *memorySeat) Post(_ context.Context, to string, f frame, hold bool) (receipt, error) {
 	i := seatIndex(to)
 	if i < 0 {
+		f.release()
 		return receipt{}, errNoPeer
 	}
 	s := m.session
