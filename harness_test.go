@@ -314,3 +314,6 @@ func (b *lockedBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
+
+// seqEpoch is where the contract lets seqs begin, in milliseconds.
+var seqEpoch = time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)

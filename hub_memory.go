@@ -313,14 +313,18 @@ func seatIndex(name string) int {
 	return -1
 }
 
-// Milliseconds between seqEpoch and a session's creation are where the seqs of
-// its mailboxes begin, so that a watermark of an earlier life trims nothing.
-var seqEpoch = time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+// firstSeq is what the seqs of the session's mailboxes follow: the milliseconds
+// from 2025 to its creation, so that a watermark of an earlier life trims
+// nothing. A clock that is before 2025 knows no better.
+func (s *memorySession) firstSeq() uint64 {
+	epoch := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	return uint64(max(s.created.Sub(epoch).Milliseconds(), 0))
+}
 
 // slot returns the slot at index i, created if need be. The caller holds mu.
 func (s *memorySession) slot(i int) *memorySlot {
 	if s.seats[i] == nil {
-		s.seats[i] = &memorySlot{name: string(rune('A' + i)), lastSeq: uint64(s.created.Sub(seqEpoch).Milliseconds())}
+		s.seats[i] = &memorySlot{name: string(rune('A' + i)), lastSeq: s.firstSeq()}
 	}
 	return s.seats[i]
 }
@@ -794,8 +798,7 @@ func (s *memorySession) free(other int) (wake nudge) {
 // whose code still lives is small.
 func (s *memorySession) forget(i int) {
 	slot := s.seats[i]
-	unused := uint64(s.created.Sub(seqEpoch).Milliseconds())
-	if slot != nil && slot.state() == absent && len(slot.queue) == 0 && slot.lastSeq == unused {
+	if slot != nil && slot.state() == absent && len(slot.queue) == 0 && slot.lastSeq == s.firstSeq() {
 		s.seats[i] = nil
 	}
 }

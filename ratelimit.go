@@ -233,6 +233,7 @@ func (g *guessBudget) begin(n network, guess string) (done func(wrong bool), ret
 		}
 	}
 	return func(wrong bool) {
+		now := time.Now() // the answer may have taken long
 		counts := false
 		g.networks.with(n, func(e *guesser) {
 			counts = wrong && e.firstTime(maphash.String(g.seed, guess), now.Add(-g.window), now)

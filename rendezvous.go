@@ -6,6 +6,7 @@ import (
 	"errors"
 	"mime"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -62,8 +63,9 @@ func (s *server) mintTTL(w http.ResponseWriter, r *http.Request) (time.Duration,
 	if !ok || string(raw) == "null" {
 		return s.cfg.roomTTL, nil
 	}
-	var seconds float64
-	if err := json.Unmarshal(raw, &seconds); err != nil || !(seconds > 0) {
+	// Of JSON values only numbers parse; one too large for a float is infinite.
+	seconds, err := strconv.ParseFloat(string(raw), 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) || seconds <= 0 {
 		return 0, badRequest("bad_ttl", "ttl must be a positive number of seconds")
 	}
 	if seconds >= s.cfg.roomTTL.Seconds() {

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,7 +75,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 // handler returns the routes.
 func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
-	route := func(path string, e endpoint) { mux.Handle(path, s.cors.Handler(s.endpoint(e))) }
+	route := func(pattern string, e endpoint) { mux.Handle(pattern, s.cors.Handler(s.endpoint(e))) }
 	route("/rendezvous/code", endpoint{limit: routeCode, methods: methods{http.MethodPost: s.mintCode}})
 	route("/rendezvous/redeem", endpoint{limit: routeRedeem, methods: methods{http.MethodPost: s.redeemCode}})
 	route("/whoami", endpoint{methods: methods{http.MethodGet: s.whoami}})
@@ -86,16 +87,27 @@ func (s *server) handler() http.Handler {
 	}
 	// Browsers do not ask before they open a WebSocket: serveWS checks the origin.
 	mux.Handle("/ws", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveWS}}))
-	mux.HandleFunc("/", s.notFound)
-	return mux
+	return s.exactly(mux)
 }
 
 // metricsHandler returns the one route of METRICS_ADDR.
 func (s *server) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(s.cfg.metricsRoute, s.endpoint(s.metricsEndpoint()))
+	return s.exactly(mux)
+}
+
+// exactly answers what mux has no route for, and spares clients its redirects
+// from paths that are nearly right.
+func (s *server) exactly(mux *http.ServeMux) http.Handler {
 	mux.HandleFunc("/", s.notFound)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != path.Clean(r.URL.Path) {
+			s.notFound(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
 
 func (s *server) metricsEndpoint() endpoint {
@@ -250,6 +262,10 @@ func toAPIError(err error) *apiError {
 
 func (s *server) writeError(w http.ResponseWriter, err error) {
 	e := toAPIError(err)
+	if e.status == http.StatusUpgradeRequired { // RFC 9110 section 15.5.22
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Connection", "Upgrade")
+	}
 	if e.status == http.StatusTooManyRequests || e.status == http.StatusServiceUnavailable {
 		wait := cmp.Or(e.retryAfter, retrySoon)
 		w.Header().Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(wait.Seconds())))))
