@@ -2,7 +2,6 @@ package main
 
 import (
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -203,7 +202,7 @@ func (p *callerPolicy) advice(r *http.Request, c caller) (advice []string) {
 	if !p.originAllowed(r) {
 		advice = append(advice, "Pages of "+r.Header.Get("Origin")+" may not call. If they should, add that to CORS_ORIGINS; if they come from this server, its proxy must pass Host on.")
 	}
-	if host, _, err := net.SplitHostPort(r.Host); p.dev && (err == nil && !isLoopback(host) || err != nil && !isLoopback(r.Host)) {
+	if u, err := url.Parse("//" + r.Host); p.dev && (err != nil || !isLoopback(u.Hostname())) {
 		advice = append(advice, "DEV=true: pages of any origin may call, and limits are off. Set DEV=false on a server that others reach.")
 	}
 	return advice

@@ -56,12 +56,14 @@ type connOptions struct {
 	tasks               *sync.WaitGroup
 }
 
-// A source is what a connection writes besides answers. Its methods are called
-// by whoever has the write turn, and must not wait.
+// A source is what a connection writes besides answers. take and appendPresence
+// are called by whoever has the write turn, and must not wait.
 type source interface {
 	// take appends what waits to buf, up to its capacity and about budget bytes,
 	// and reports whether there may be more.
 	take(buf []frame, budget int) (taken []frame, more bool)
+	// flush is called by the reading goroutine before it waits.
+	flush()
 	// appendPresence appends the messages that tell the client of e, if any.
 	appendPresence(dst []byte, e event) []byte
 }
@@ -104,6 +106,7 @@ type conn struct {
 	closed   closeCode
 	gate     chan struct{}
 	timer    *time.Timer
+	pingDue  int64 // when the next ping is
 	pingedAt int64 // when the ping was sent that has no pong yet, or 0
 	closeBy  int64 // when a close must be over
 }
@@ -184,6 +187,7 @@ func (c *conn) begin(first []byte) {
 	c.mu.Lock()
 	c.answers = append(first, c.answers...)
 	c.started = true
+	c.pingDue = c.now() + int64(c.heartbeat)
 	if c.timer = time.AfterFunc(c.heartbeat, c.beat); c.closed != 0 { // while we were accepting
 		c.kick()
 		c.timer.Reset(closeGrace)
@@ -279,8 +283,8 @@ func (c *conn) read(p []byte) (int, error) {
 	return n, nil
 }
 
-// waitInMessage waits for the rest of a message. The deadline is only set when
-// there is nothing to read yet: in a burst there always is.
+// waitInMessage waits for the rest of a message. The deadline is only set, and
+// others are only told, when there is nothing to read yet: in a burst there is.
 func (c *conn) waitInMessage() error {
 	if c.sys != nil && !c.deadline {
 		c.once = true
@@ -290,6 +294,7 @@ func (c *conn) waitInMessage() error {
 			return errors.Join(err, c.pollErr)
 		}
 	}
+	c.src.flush()
 	if !c.deadline {
 		c.deadline = true
 		c.net.SetReadDeadline(time.Now().Add(messageTimeout))
@@ -297,13 +302,29 @@ func (c *conn) waitInMessage() error {
 			return os.ErrDeadlineExceeded
 		}
 	}
-	return c.wait()
+	if c.sys != nil {
+		return c.wait()
+	}
+	buf := c.buffers.get(c.readSize)
+	n, err := c.net.Read(buf.b[:c.readSize])
+	if n == 0 {
+		buf.free()
+		return err
+	}
+	c.in, c.inFrom, c.inTo = buf, 0, n
+	c.touch()
+	return nil
 }
 
-// controlRead notes that the library has read a whole control frame. If nothing
-// is buffered behind it, it stands between two messages, or between two frames
-// of one: only in the first case does it come back for more with an open reader.
-func (c *conn) controlRead() { c.boundary = !c.inMessage && c.br.Buffered() == 0 }
+// controlRead notes that the library has read a whole control frame. Between two
+// messages that ends its deadline, and if nothing is buffered behind it, the
+// library is to come back instead of waiting.
+func (c *conn) controlRead() {
+	if !c.inMessage {
+		c.settle()
+		c.boundary = c.br.Buffered() == 0
+	}
+}
 
 // settle ends the deadline of a message that has been read.
 func (c *conn) settle() {
@@ -330,7 +351,7 @@ func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) 
 	defer func() { c.inMessage = false }()
 	buf = c.buffers.get(firstBuffer)
 	n, counted := 0, 0
-	defer func() { c.count(-counted) }()
+	defer func() { c.partial.add(-counted); c.queued.add(-counted) }()
 	for {
 		k, err := r.Read(buf.b[n:])
 		n += k
@@ -341,16 +362,15 @@ func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) 
 			return nil, nil, false, err
 		}
 		if n == len(buf.b) {
-			if err := c.admit(2*n - counted); err != nil {
+			if err := c.admit(2*n, counted); err != nil {
 				buf.free()
 				return nil, nil, false, err
 			}
+			counted = 2 * n
 			more := c.buffers.get(2 * n)
 			copy(more.b, buf.b)
 			buf.free()
 			buf = more
-			c.count(len(buf.b) - counted)
-			counted = len(buf.b)
 		}
 	}
 }
@@ -365,30 +385,33 @@ const freeBuffer = 16 << 10
 // roomPoll is how often a message that waits for room looks again.
 const roomPoll = 500 * time.Millisecond
 
-// admit waits until n more bytes of a half-received message have room beside
-// all the others, as long as a message may take.
-func (c *conn) admit(n int) error {
-	if n <= freeBuffer {
+// admit counts that a half-received message has grown to size bytes, of which
+// counted are counted. Above freeBuffer it waits until there is room beside all
+// other messages, as long as a message may take.
+func (c *conn) admit(size, counted int) error {
+	if size <= freeBuffer {
+		c.partial.add(size - counted)
+	} else if err := c.awaitRoom(size - counted); err != nil {
+		return err
+	}
+	c.queued.add(size - counted)
+	return nil
+}
+
+func (c *conn) awaitRoom(n int) error {
+	if c.partial.reserve(n) {
 		return nil
 	}
-	if c.partial.spare(n) {
-		return nil
-	}
+	c.src.flush()
 	c.paused.Store(true)
 	defer c.paused.Store(false)
 	defer c.touch()
-	for deadline := c.now() + int64(messageTimeout); !c.partial.spare(n); time.Sleep(roomPoll) {
+	for deadline := c.now() + int64(messageTimeout); !c.partial.reserve(n); time.Sleep(roomPoll) {
 		if c.closing() != 0 || c.now() >= deadline {
 			return errNoRoom
 		}
 	}
 	return nil
-}
-
-// count counts bytes of a half-received message.
-func (c *conn) count(n int) {
-	c.queued.add(n)
-	c.partial.add(n)
 }
 
 // firstBuffer is the size of the buffer into which a message is read first.
@@ -765,23 +788,33 @@ func (c *conn) writeControl(p []byte) (int, error) {
 func (c *conn) beat() {
 	now := c.now()
 	c.mu.Lock()
-	switch {
-	case c.closed != 0:
+	if c.closed != 0 {
 		defer c.mu.Unlock()
 		if left := c.closeBy - now; left > 0 {
 			c.timer.Reset(time.Duration(left))
 			return
 		}
 		c.net.Close() // not aborted: perhaps the close frame is on its way
-	case !c.paused.Load() && now-c.lastByte.Load() >= int64(2*c.heartbeat):
+		return
+	}
+	silentAt := c.lastByte.Load() + int64(2*c.heartbeat)
+	if c.paused.Load() { // then silence does not count
+		silentAt = now + int64(2*c.heartbeat)
+	}
+	if now >= silentAt {
 		c.mu.Unlock()
 		c.abort(closeAbnormal)
-	default:
-		c.pingedAt = now
+		return
+	}
+	due := now >= c.pingDue
+	if due {
+		c.pingDue, c.pingedAt = now+int64(c.heartbeat), now
 		c.answers = appendHeader(c.answers, opPing, 8)
 		c.answers = binary.BigEndian.AppendUint64(c.answers, uint64(now))
-		c.timer.Reset(c.heartbeat)
-		c.mu.Unlock()
+	}
+	c.timer.Reset(time.Duration(min(c.pingDue, silentAt) - now))
+	c.mu.Unlock()
+	if due {
 		c.wake()
 	}
 }

@@ -256,6 +256,16 @@ type budget struct {
 // add counts n bytes, negative when they no longer wait.
 func (b *budget) add(n int) { b.used.Add(int64(n)) }
 
+// reserve counts n bytes if that stays within the limit.
+func (b *budget) reserve(n int) bool {
+	for used := b.used.Load(); b.limit == 0 || used+int64(n) <= b.limit; used = b.used.Load() {
+		if b.used.CompareAndSwap(used, used+int64(n)) {
+			return true
+		}
+	}
+	return false
+}
+
 // spare reports whether n more bytes would stay within the limit.
 func (b *budget) spare(n int) bool {
 	return b.limit == 0 || b.used.Load()+int64(n) <= b.limit

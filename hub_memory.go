@@ -96,7 +96,7 @@ type memorySlot struct {
 	away   *time.Timer
 	taken  []time.Time // recent takeovers
 
-	lastID, lastIDSeq uint64 // the highest id stored for this claim, and its seq
+	ids idLog // of the mail this claim has sent
 
 	queue      []frame // relay and presence frames
 	queueBytes int
@@ -296,6 +296,9 @@ func (sh *memoryShard) end(s *memorySession) (connected []*memorySeat) {
 		if n := len(slot.mail) + len(slot.queue) - slot.presence; n > 0 {
 			s.hub.dropped(dropExpired, n)
 		}
+		for j := range slot.queue {
+			slot.queue[j].release()
+		}
 		s.hub.queued.add(-slot.queueBytes - slot.mailBytes)
 		s.seats[i] = nil
 	}
@@ -389,7 +392,7 @@ func (s *memorySession) join(r joinRequest, m *memorySeat, now time.Time) (v vie
 		slot.stopAway()
 		slot.dropPresence(s.hub)
 	} else {
-		slot.claim, slot.lastID, slot.lastIDSeq, slot.taken = r.claim, 0, 0, nil
+		slot.claim, slot.ids, slot.taken = r.claim, idLog{}, nil
 	}
 	m.session, m.slot = s, slot
 	slot.holder, slot.v = m, r.v
@@ -567,8 +570,8 @@ func (m *memorySeat) relay(slot *memorySlot, f frame) error {
 // highest id.
 func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 	h := m.session.hub
-	if f.id != 0 && f.id <= m.slot.lastID {
-		seq := m.slot.lastIDSeq
+	if f.id != 0 && m.slot.ids.stored(f.id) {
+		seq := m.slot.ids.lastSeq
 		for i := range slot.mail {
 			if e := &slot.mail[i]; e.id == f.id && e.from == f.from {
 				seq = e.seq
@@ -579,10 +582,12 @@ func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 	}
 	if len(slot.mail) >= mailItems || slot.mailBytes+f.size() > mailBytes {
 		h.dropped(dropMailFull, 1)
+		m.slot.ids.refuse(f.id)
 		return 0, errMailFull
 	}
 	if slot.holder == nil && !h.queued.spare(f.size()) {
 		h.dropped(dropOverCapacity, 1)
+		m.slot.ids.refuse(f.id)
 		return 0, errOverCapacity
 	}
 	f.keep()
@@ -591,16 +596,22 @@ func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 	slot.mail = append(slot.mail, f)
 	slot.mailBytes += f.size()
 	h.queued.add(f.size())
-	if f.id != 0 {
-		m.slot.lastID, m.slot.lastIDSeq = f.id, f.seq
-	}
+	m.slot.ids.store(f.id, f.seq)
 	return f.seq, nil
 }
 
 // overfull reports whether by, which posts to s, should pause, and notes that
 // it waits.
 func (s *memorySlot) overfull(by *memorySeat) bool {
-	if s == nil || s.holder == nil || s.holder == by || s.queueBytes <= by.session.hub.holdBytes {
+	if s == nil || s.holder == nil || s.holder == by {
+		return false
+	}
+	h := by.session.hub
+	bound := h.holdBytes
+	if !h.queued.spare(0) { // the process has enough waiting: be less patient
+		bound = min(bound, longQueue)
+	}
+	if s.queueBytes <= bound {
 		return false
 	}
 	s.holding = true

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -35,13 +36,15 @@ func (s *server) openFronts() (fronts []front, err error) {
 			}
 		}
 	}()
+	guard := newConnectionGuard(openFileLimit(), s.clients.count)
 	main := front{web: s.newHTTPServer(s.handler())}
-	main.web.ConnState = newConnectionGuard(openFileLimit(), s.clients.count).track
+	main.web.ConnState = guard.track
 	if s.cfg.tlsCertFile != "" {
 		if main.certificate, err = loadCertificate(s.cfg.tlsCertFile, s.cfg.tlsKeyFile, s.log); err != nil {
 			return nil, err
 		}
 		main.web.TLSConfig = main.certificate.config()
+		main.web.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){} // no HTTP/2
 	}
 	if main.listener, err = listen(s.cfg.host, s.cfg.port); err != nil {
 		return nil, err
@@ -51,6 +54,7 @@ func (s *server) openFronts() (fronts []front, err error) {
 		return fronts, nil
 	}
 	metrics := front{web: s.newHTTPServer(s.metricsHandler())}
+	metrics.web.ConnState = guard.track
 	if metrics.listener, err = net.Listen("tcp", s.cfg.metricsAddr); err != nil {
 		return fronts, fmt.Errorf("METRICS_ADDR: %w", err)
 	}
@@ -91,11 +95,13 @@ func removeStale(path string) error {
 	if info.Mode()&os.ModeSocket == 0 {
 		return fmt.Errorf("%s is there already and is no socket", path)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
+	c, err := net.Dial("unix", path)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return os.Remove(path)
+	} else if err == nil {
 		c.Close()
-		return fmt.Errorf("%s: another process listens there", path)
 	}
-	return os.Remove(path)
+	return fmt.Errorf("%s: another process listens there", path)
 }
 
 // certificateEvery is how often the certificate files are read.
@@ -179,20 +185,26 @@ func (c *certificate) config() *tls.Config {
 	}
 }
 
-// A connectionGuard keeps connections that do nothing from using up the open
-// files: when there are max, the one that has waited longest for a request to
-// begin, or to end its header, makes room for a new one. Its track method is an
-// http.Server's ConnState.
+// A connectionGuard keeps connections that do nothing, or one thing slowly,
+// from using up the open files: when there are max, one makes room for a new
+// one. It is that which has waited longest for a request to begin, or to end its
+// header; with none of those, the one whose request has taken longest. Its
+// track method is an http.Server's ConnState.
 type connectionGuard struct {
 	// static after construction
 	max        int        // 0 for no limit
 	webSockets func() int // connections that http.Server has forgotten
 
 	mu sync.Mutex
-	// guarded by mu
-	open    int // all others
-	waiting map[net.Conn]*list.Element
-	order   *list.List // of net.Conn; who has waited longest first
+	// place by mu
+	waiting, asking *list.List // of net.Conn; the longest first
+	where           map[net.Conn]place
+}
+
+// A place is where a connection is: in which list, and which element of it.
+type place struct {
+	list    *list.List
+	element *list.Element
 }
 
 // newConnectionGuard returns a guard that leaves some of the process's open
@@ -200,7 +212,7 @@ type connectionGuard struct {
 func newConnectionGuard(openFiles int, webSockets func() int) *connectionGuard {
 	return &connectionGuard{
 		max: openFiles / 20 * 19, webSockets: webSockets,
-		waiting: make(map[net.Conn]*list.Element), order: list.New(),
+		waiting: list.New(), asking: list.New(), where: make(map[net.Conn]place),
 	}
 }
 
@@ -214,22 +226,39 @@ func (g *connectionGuard) track(c net.Conn, state http.ConnState) {
 func (g *connectionGuard) note(c net.Conn, state http.ConnState) (evict net.Conn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if e := g.waiting[c]; e != nil {
-		g.order.Remove(e)
-		delete(g.waiting, c)
-	}
+	g.remove(c)
 	switch state {
 	case http.StateNew:
-		g.open++
-		if oldest := g.order.Front(); oldest != nil && g.max > 0 && g.open+g.webSockets() > g.max {
-			evict = g.order.Remove(oldest).(net.Conn)
-			delete(g.waiting, evict)
-		}
-		g.waiting[c] = g.order.PushBack(c)
+		evict = g.makeRoom()
+		g.put(c, g.waiting)
 	case http.StateIdle:
-		g.waiting[c] = g.order.PushBack(c)
-	case http.StateHijacked, http.StateClosed:
-		g.open--
+		g.put(c, g.waiting)
+	case http.StateActive:
+		g.put(c, g.asking)
 	}
 	return evict
+}
+
+// makeRoom returns the connection to close for a new one, if any.
+func (g *connectionGuard) makeRoom() (evict net.Conn) {
+	if g.max == 0 || len(g.where)+g.webSockets() < g.max {
+		return nil
+	}
+	for _, l := range []*list.List{g.waiting, g.asking} {
+		if longest := l.Front(); longest != nil {
+			evict = longest.Value.(net.Conn)
+			g.remove(evict)
+			return evict
+		}
+	}
+	return nil
+}
+
+func (g *connectionGuard) put(c net.Conn, l *list.List) { g.where[c] = place{l, l.PushBack(c)} }
+
+func (g *connectionGuard) remove(c net.Conn) {
+	if at, ok := g.where[c]; ok {
+		at.list.Remove(at.element)
+		delete(g.where, c)
+	}
 }

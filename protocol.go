@@ -289,9 +289,14 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 	if _, err := d.json.ReadToken(); err != nil {
 		return m, badJSON(err)
 	}
+	var twice []byte // a member with a meaning that is there more than once
 	for d.json.PeekKind() == '"' {
-		if err := d.decodeMember(data, &m.raw); err != nil {
+		again, err := d.decodeMember(data, &m.raw)
+		if err != nil {
 			return message{}, err
+		}
+		if again != nil {
+			twice = again
 		}
 	}
 	if _, err := d.json.ReadToken(); err != nil {
@@ -310,34 +315,40 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 		return message{}, badFrame(`the frame's "type" is not a string`)
 	}
 	m.name, m.typ = name, clientType(name)
-	m.id, _ = parseInteger(m.raw.id)
+	if string(twice) == "type" || twice != nil && m.typ != typeUnknown && !m.typ.relayed() {
+		return message{}, badFrame("the frame has more than one %q", twice)
+	}
+	if m.raw.id != nil { // an error of strconv is an allocation
+		m.id, _ = parseInteger(m.raw.id)
+	}
 	return m, nil
 }
 
-// decodeMember reads one top-level name and value.
-func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) error {
+// decodeMember reads one top-level name and value. again is the name if it has
+// a meaning and was there before.
+func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) (again []byte, err error) {
 	quoted, err := d.json.ReadValue()
 	if err != nil {
-		return badJSON(err)
+		return nil, badJSON(err)
 	}
 	name, _ := unquote(quoted)
 	known := raw.member(name)
 	if known == nil {
 		if err := d.json.SkipValue(); err != nil {
-			return badJSON(err)
+			return nil, badJSON(err)
 		}
-		return nil
+		return nil, nil
 	}
 	if *known != nil {
-		return badFrame("the frame has more than one %q", name)
+		again = bytes.Clone(name)
 	}
 	value, err := d.json.ReadValue()
 	if err != nil {
-		return badJSON(err)
+		return nil, badJSON(err)
 	}
 	end := int(d.json.InputOffset())
 	*known = data[end-len(value) : end]
-	return nil
+	return again, nil
 }
 
 func badJSON(err error) *frameError {
@@ -385,11 +396,17 @@ func nestedDeeper(data []byte, max int) bool {
 	return false
 }
 
+// maxInteger is the largest that JavaScript holds exactly.
+const maxInteger = 1<<53 - 1
+
 // parseInteger returns the value of a JSON number without sign, fraction or
-// exponent, below 2^63.
+// exponent, up to maxInteger.
 func parseInteger(raw []byte) (n uint64, ok bool) {
-	n, err := strconv.ParseUint(string(raw), 10, 63)
-	return n, err == nil
+	n, err := strconv.ParseUint(string(raw), 10, 64)
+	if err != nil || n > maxInteger {
+		return 0, false
+	}
+	return n, true
 }
 
 // The server's frames without parameters.

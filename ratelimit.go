@@ -76,7 +76,7 @@ func (s *server) limitRate(l *rateLimit, c caller, r route) error {
 
 // maxAddresses bounds each table of addresses. An entry takes less than 500
 // bytes, so that a table never grows past 32 MiB however many addresses call.
-const maxAddresses = 1 << 16
+const maxAddresses = 1 << 15
 
 // A network is what limits are counted by: an IPv4 address, an IPv6 /64, which
 // is what one customer gets, or an IPv6 /48, which is what one site may have.
@@ -195,9 +195,13 @@ type guesser struct {
 }
 
 type wrongGuess struct {
-	hash uint64
-	at   time.Time
+	hash uint32
+	at   uint32 // Unix time
 }
+
+// maxWrong bounds the wrong guesses remembered of one network; older ones may
+// count again.
+const maxWrong = 32
 
 func newGuessBudget(budget int, window time.Duration) *guessBudget {
 	if budget == 0 {
@@ -215,9 +219,9 @@ func newGuessBudget(budget int, window time.Duration) *guessBudget {
 // whether the guess was wrong by calling done; if not, retryAfter is when n may.
 // A guess under way counts as if it were wrong, so that many at once do not get
 // more answers than one after the other would.
-func (g *guessBudget) begin(n network, guess string) (done func(wrong bool), retryAfter time.Duration) {
+func (g *guessBudget) begin(n network, guess string) (done func(wrong bool) (counted bool), retryAfter time.Duration) {
 	if g == nil || !n.IsValid() {
-		return func(bool) {}, 0
+		return func(wrong bool) bool { return wrong }, 0
 	}
 	now := time.Now()
 	g.networks.with(n, func(e *guesser) { retryAfter = e.begin(now) })
@@ -232,23 +236,34 @@ func (g *guessBudget) begin(n network, guess string) (done func(wrong bool), ret
 			return nil, retryAfter
 		}
 	}
-	return func(wrong bool) {
+	return func(wrong bool) bool {
 		now := time.Now() // the answer may have taken long
 		counts := false
 		g.networks.with(n, func(e *guesser) {
-			counts = wrong && e.firstTime(maphash.String(g.seed, guess), now.Add(-g.window), now)
+			counts = wrong && e.firstTime(uint32(maphash.String(g.seed, guess)), now.Add(-g.window).Unix(), now.Unix())
 			e.end(counts, now)
 		})
 		if inSite {
 			g.sites.with(site, func(e *guesser) { e.end(counts, now) })
 		}
+		return counts
 	}, 0
 }
 
+// pendingRetry is how long guesses under way may take to be answered.
+const pendingRetry = time.Second
+
 // begin begins a guess, unless the tokens are used up.
 func (e *guesser) begin(now time.Time) (retryAfter time.Duration) {
-	if missing := float64(e.pending+1) - e.tokens.TokensAt(now); missing > 0 {
-		return time.Duration(missing / float64(e.tokens.Limit()) * float64(time.Second))
+	tokens := e.tokens.TokensAt(now)
+	if missing := float64(e.pending+1) - tokens; missing > 0 {
+		if tokens >= 1 { // only guesses under way stand before this one
+			return pendingRetry
+		}
+		// Less than a nanosecond's worth is nothing, to the limiter as well.
+		if wait := time.Duration(missing / float64(e.tokens.Limit()) * float64(time.Second)); wait > 0 {
+			return wait
+		}
 	}
 	e.pending++
 	return 0
@@ -264,14 +279,17 @@ func (e *guesser) end(counts bool, now time.Time) {
 
 // firstTime reports whether the wrong guess is not one of those since, and
 // remembers it.
-func (e *guesser) firstTime(hash uint64, since, now time.Time) bool {
-	e.wrong = slices.DeleteFunc(e.wrong, func(w wrongGuess) bool { return w.at.Before(since) })
+func (e *guesser) firstTime(hash uint32, since, now int64) bool {
+	e.wrong = slices.DeleteFunc(e.wrong, func(w wrongGuess) bool { return int64(w.at) < since })
 	for _, w := range e.wrong {
 		if w.hash == hash {
 			return false
 		}
 	}
-	e.wrong = append(e.wrong, wrongGuess{hash, now})
+	if len(e.wrong) == maxWrong {
+		e.wrong = slices.Delete(e.wrong, 0, 1)
+	}
+	e.wrong = append(e.wrong, wrongGuess{hash, uint32(now)})
 	return true
 }
 

@@ -93,9 +93,10 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 	}
 	id, expires, err := s.codes.Redeem(r.Context(), code)
 	wrong := errors.Is(err, errCodeGone) || errors.Is(err, errCodeUsed)
-	done(wrong)
-	if wrong {
+	if done(wrong) {
 		s.limits.failures.add(1)
+	}
+	if wrong {
 		s.metrics.redeems[redeemGone].Inc()
 	}
 	if errors.Is(err, errCodeUsed) {

@@ -64,7 +64,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 	}
 	s.cors = cors.New(cors.Options{
 		AllowOriginVaryRequestFunc: func(r *http.Request, _ string) (bool, []string) { return s.callers.originAllowed(r), nil },
-		AllowedMethods:             []string{http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete},
+		AllowedMethods:             []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete},
 		AllowedHeaders:             []string{"Content-Type", "Authorization"},
 		ExposedHeaders:             []string{"Retry-After"},
 		MaxAge:                     600,

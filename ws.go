@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
+	"net"
 	"net/http"
 	"os"
 	"runtime/debug"
@@ -155,7 +156,7 @@ func parseAppID(s string) (sessionID, error) {
 }
 
 func isUpgrade(r *http.Request) bool {
-	return r.ProtoAtLeast(1, 1) && hasToken(r.Header["Connection"], "upgrade") && hasToken(r.Header["Upgrade"], "websocket")
+	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) && hasToken(r.Header["Connection"], "upgrade") && hasToken(r.Header["Upgrade"], "websocket")
 }
 
 // checkUpgrade checks what the library would refuse, because it answers in
@@ -259,33 +260,45 @@ func (c *client) run() {
 	if c.seat == nil {
 		return
 	}
-	forGood := c.serve()
+	end := c.serve()
 	if c.mailTimer != nil {
 		c.mailTimer.Stop()
 	}
-	if err := c.seat.Leave(context.Background(), forGood); err != nil && !errors.Is(err, errReplaced) && !errors.Is(err, errGone) {
+	// Before the close is answered: the client may be back as soon as it is.
+	if err := c.seat.Leave(context.Background(), end.forGood); err != nil && !errors.Is(err, errReplaced) && !errors.Is(err, errGone) {
 		c.srv.log.Warn("seat not left", "error", err)
+	}
+	if end.code == closeAbnormal {
+		c.abort(end.code)
+	} else {
+		c.close(end.code, end.reason)
 	}
 }
 
-// serve reads until the connection ends, and reports whether the client left
-// for good.
-func (c *client) serve() (forGood bool) {
+// An ending is how a connection ends, unless it is being closed already.
+type ending struct {
+	code    closeCode
+	reason  string
+	forGood bool // the client does not mean to come back
+}
+
+// serve reads until the connection ends.
+func (c *client) serve() (end ending) {
 	defer func() {
 		if p := recover(); p != nil {
 			c.srv.log.Error("connection failed", "panic", p, "stack", string(debug.Stack()))
-			c.close(closeInternal, "internal error")
+			end = ending{code: closeInternal, reason: "internal error"}
 		}
 	}()
 	for {
 		if c.readErr = c.wait(); c.readErr != nil {
-			return c.lost(c.readErr)
+			return c.ending(c.readErr)
 		}
 		if err := c.readOne(); err != nil {
-			return c.lost(err)
+			return c.ending(err)
 		}
 		if !c.buffered() {
-			c.seat.Flush(context.Background())
+			c.flush()
 		}
 	}
 }
@@ -314,7 +327,7 @@ func (c *client) readOne() error {
 		}
 	}
 	if held || c.flooded.Load() {
-		c.seat.Flush(context.Background())
+		c.flush()
 		c.pause(c.isHeld)
 	}
 	return nil
@@ -515,32 +528,32 @@ func (c *client) telemetry(m message) error {
 	return nil
 }
 
-// lost decides what the end of reading means: it closes the connection unless
-// that has begun, and reports whether the client left for good.
-func (c *client) lost(err error) (forGood bool) {
+// ending decides what the end of reading means.
+func (c *client) ending(err error) ending {
 	var left websocket.CloseError
 	switch {
-	case c.closing() != 0:
 	case errors.As(err, &left):
-		c.close(closeCode(left.Code), "")
-		return left.Code == websocket.StatusNormalClosure || left.Code == websocket.StatusNoStatusRcvd
+		forGood := left.Code == websocket.StatusNormalClosure || left.Code == websocket.StatusNoStatusRcvd
+		return ending{code: closeCode(left.Code), forGood: forGood}
 	case errors.Is(err, errBadUTF8):
-		c.close(closeBadUTF8, err.Error())
+		return ending{code: closeBadUTF8, reason: err.Error()}
 	case errors.Is(err, errTooManyFrames):
-		c.close(closeTooMany, err.Error())
+		return ending{code: closeTooMany, reason: err.Error()}
 	case errors.Is(err, errNoRoom):
-		c.close(closeCapacity, err.Error())
+		return ending{code: closeCapacity, reason: err.Error()}
 	case errors.Is(err, websocket.ErrMessageTooBig):
-		c.close(closeTooBig, "message too big")
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		c.close(closeSlow, "message took too long")
+		return ending{code: closeTooBig, reason: "message too big"}
+	case errors.Is(err, os.ErrDeadlineExceeded),
+		errors.Is(err, context.DeadlineExceeded), errors.Is(err, net.ErrClosed) && c.readErr == nil: // the library's own limit for control frames
+		return ending{code: closeSlow, reason: "message took too long"}
 	case c.readErr != nil:
-		c.abort(closeAbnormal)
-	default:
-		c.close(closeProtocol, "protocol error")
+		return ending{code: closeAbnormal}
 	}
-	return false
+	return ending{code: closeProtocol, reason: "protocol error"}
 }
+
+// flush is called before reading waits: what was posted meanwhile is told now.
+func (c *client) flush() { c.seat.Flush(context.Background()) }
 
 // notify is the hub's: look, or you are out.
 func (c *client) notify(why error) {
