@@ -53,8 +53,8 @@ func newTestServer(t testing.TB, settings ...string) *testServer {
 	var background sync.WaitGroup
 	background.Go(func() { ts.run(ctx) })
 	ts.stop = sync.OnceFunc(func() {
-		checkInvariants(t, ts)
 		ts.shutdown([]front{{web: ts.web}})
+		checkInvariants(t, ts)
 		if err := <-ts.served; !errors.Is(err, http.ErrServerClosed) {
 			t.Error("serve:", err)
 		}
@@ -62,7 +62,13 @@ func newTestServer(t testing.TB, settings ...string) *testServer {
 		background.Wait()
 		ts.http.CloseIdleConnections()
 	})
-	t.Cleanup(ts.stop)
+	t.Cleanup(func() {
+		if !ts.draining.Load() {
+			synctest.Wait() // who was dropped just now is still leaving
+			checkInvariants(t, ts)
+		}
+		ts.stop()
+	})
 	return ts
 }
 
@@ -314,6 +320,3 @@ func (b *lockedBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
-
-// seqEpoch is where the contract lets seqs begin, in milliseconds.
-var seqEpoch = time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
