@@ -1,0 +1,695 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// A testPair is a certificate for parley.test with its key, in files.
+type testPair struct {
+	certFile, keyFile string
+	serial            *big.Int
+	roots             *x509.CertPool // which trust it
+}
+
+// writePair makes a pair and writes its files into dir, over what is there.
+func writePair(t testing.TB, dir string, serial int64) testPair {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "parley.test"}, DNSNames: []string{"parley.test"},
+		NotBefore: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // before the clock of a bubble begins
+		NotAfter:  time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
+		IsCA:      true, BasicConstraintsValid: true,
+	}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := testPair{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), template.SerialNumber, x509.NewCertPool()}
+	parsed, err := x509.ParseCertificate(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.roots.AddCert(parsed)
+	writeFile(t, p.certFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})))
+	writeFile(t, p.keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})))
+	return p
+}
+
+func writeFile(t testing.TB, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// client returns the configuration of a client that trusts p alone.
+func (p testPair) client(protos ...string) *tls.Config {
+	return &tls.Config{RootCAs: p.roots, ServerName: "parley.test", NextProtos: protos}
+}
+
+func TestTLS(t *testing.T) {
+	pair := writePair(t, t.TempDir(), 1)
+	ts, addr := newLoopServer(t, "TLS_CERT_FILE="+pair.certFile, "TLS_KEY_FILE="+pair.keyFile)
+	dial := func(c *tls.Config) (*tls.Conn, error) { return tls.Dial("tcp", addr, c) }
+
+	t.Run("versions", func(t *testing.T) {
+		for version, ok := range map[uint16]bool{tls.VersionTLS10: false, tls.VersionTLS11: false, tls.VersionTLS12: true, tls.VersionTLS13: true} {
+			config := pair.client()
+			config.MinVersion, config.MaxVersion = version, version
+			c, err := dial(config)
+			if ok != (err == nil) {
+				t.Errorf("%s: %v", tls.VersionName(version), err)
+			}
+			if err == nil {
+				c.Close()
+			}
+		}
+	})
+
+	// A WebSocket needs HTTP/1.1, and nothing here speaks anything else.
+	t.Run("ALPN", func(t *testing.T) {
+		for _, tc := range []struct {
+			offered []string
+			want    string // "refused" for no connection
+		}{
+			{nil, ""},
+			{[]string{"http/1.1"}, "http/1.1"},
+			{[]string{"h2", "http/1.1"}, "http/1.1"},
+			{[]string{"h2"}, "refused"},
+		} {
+			c, err := dial(pair.client(tc.offered...))
+			got := "refused"
+			if err == nil {
+				got = c.ConnectionState().NegotiatedProtocol
+				c.Close()
+			}
+			if got != tc.want {
+				t.Errorf("of %q: %q, want %q", tc.offered, got, tc.want)
+			}
+		}
+	})
+
+	t.Run("a pair relays", func(t *testing.T) {
+		v := victim{ts, func() (net.Conn, error) { return dial(pair.client("http/1.1")) }}
+		a, b := v.pair(t)
+		message := `{"type":"offer","sdp":"` + strings.Repeat("x", 100<<10) + `"}`
+		for range 3 {
+			go a.Write(textFrame(message))
+			b.want(t, message)
+			b.write(t, textFrame(`{"type":"answer"}`))
+			a.want(t, `{"type":"answer"}`)
+		}
+		a.write(t, clientFrame(final|opClose, "\x03\xe8"))
+		b.want(t, framePeerLeft)
+	})
+
+	// One who never begins a handshake holds up nobody.
+	t.Run("plain HTTP", func(t *testing.T) {
+		silent, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer silent.Close()
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: parley.test\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil || res.StatusCode != http.StatusBadRequest {
+			t.Errorf("plain HTTP: %v, %v", res, err)
+		}
+	})
+}
+
+// The certificate files are read again within ten seconds of a change; while
+// they are broken the old pair stays, and that is said once.
+func TestCertificateReload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, log := t.TempDir(), new(lockedBuffer)
+		current := writePair(t, dir, 1)
+		certificate, err := loadCertificate(current.certFile, current.keyFile, slog.New(slog.NewTextHandler(log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newMemListener()
+		f := front{listener: l, certificate: certificate, web: &http.Server{Handler: http.NotFoundHandler(), TLSConfig: certificate.config()}}
+		ctx, cancel := context.WithCancel(t.Context())
+		var served sync.WaitGroup
+		served.Go(func() { f.serve(ctx) })
+		defer func() {
+			cancel()
+			f.web.Close()
+			served.Wait()
+		}()
+		serves := func(step string, want testPair) {
+			t.Helper()
+			c, err := l.dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			secure := tls.Client(c, want.client())
+			if err := secure.Handshake(); err != nil {
+				t.Errorf("%s: %v", step, err)
+			} else if got := secure.ConnectionState().PeerCertificates[0].SerialNumber; got.Cmp(want.serial) != 0 {
+				t.Errorf("%s: certificate %v, want %v", step, got, want.serial)
+			}
+		}
+		logged := 0
+		// settles waits well past the promised ten seconds and checks how many
+		// lines were logged meanwhile.
+		settles := func(step string, lines int, text string) {
+			t.Helper()
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			all := log.String()
+			first := strings.Count(all[logged:], "\n")
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			all = log.String()
+			news := all[logged:]
+			if n := strings.Count(news, "\n"); first != lines || n != lines || !strings.Contains(news, text) {
+				t.Errorf("%s: after ten seconds %d lines, after another minute %d, want %d with %q:\n%s", step, first, n, lines, text, news)
+			}
+			logged = len(all)
+		}
+		read := func(name string) string {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(b)
+		}
+
+		serves("at first", current)
+		settles("nothing has changed", 0, "")
+
+		current = writePair(t, dir, 2)
+		settles("both files are new", 1, "certificate reloaded")
+		serves("both files are new", current)
+
+		cert, key := read(current.certFile), read(current.keyFile)
+		writeFile(t, current.certFile, "no certificate")
+		settles("the certificate is broken", 1, "level=ERROR")
+		serves("the certificate is broken", current)
+
+		writeFile(t, current.certFile, "no certificate either")
+		settles("it is broken otherwise", 1, "level=ERROR")
+
+		writeFile(t, current.certFile, cert)
+		writeFile(t, current.keyFile, read(writePair(t, t.TempDir(), 9).keyFile))
+		settles("the key is that of another", 1, "level=ERROR")
+		serves("the key is that of another", current)
+
+		os.Remove(current.keyFile)
+		settles("the key is missing", 1, "level=ERROR")
+		serves("the key is missing", current)
+
+		os.Remove(current.certFile)
+		settles("both are missing", 1, "level=ERROR")
+		serves("both are missing", current)
+
+		writeFile(t, current.keyFile, key)
+		writeFile(t, current.certFile, cert)
+		time.Sleep(10 * time.Second)
+		serves("the old pair is back", current)
+
+		current = writePair(t, dir, 3)
+		time.Sleep(10 * time.Second)
+		serves("a third pair", current)
+		if strings.Contains(log.String(), "PRIVATE KEY") {
+			t.Error("a key is in the log")
+		}
+	})
+}
+
+// runBinary runs the binary until it ends by itself.
+func runBinary(t testing.TB, args []string, env ...string) (exit int, stdout, stderr string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), startDeadline)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, buildBinary(t), args...)
+	cmd.Env = append([]string{"GORACE=atexit_sleep_ms=0", "HOST=127.0.0.1", "PORT=0"}, env...)
+	var out, err bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &err
+	cmd.Run()
+	if ctx.Err() != nil {
+		t.Errorf("%q with %q was still running after %v", args, env, startDeadline)
+	}
+	return cmd.ProcessState.ExitCode(), out.String(), err.String()
+}
+
+func TestStartsOnlyWithWhatItNeeds(t *testing.T) {
+	dir := t.TempDir()
+	pair := writePair(t, dir, 1)
+	other := writePair(t, t.TempDir(), 2)
+	ordinary := filepath.Join(dir, "ordinary")
+	writeFile(t, ordinary, "kept")
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	for _, tc := range []struct {
+		name string
+		env  []string
+		exit int
+		says []string
+	}{
+		{"certificate alone", []string{"TLS_CERT_FILE=" + pair.certFile}, 2, []string{"TLS_CERT_FILE needs TLS_KEY_FILE"}},
+		{"key alone", []string{"TLS_KEY_FILE=" + pair.keyFile}, 2, []string{"TLS_KEY_FILE needs TLS_CERT_FILE"}},
+		{"no such certificate", []string{"TLS_CERT_FILE=" + dir + "/none", "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", dir + "/none"}},
+		{"no such key", []string{"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + dir + "/none"}, 1, []string{"TLS_KEY_FILE", dir + "/none"}},
+		{"a directory", []string{"TLS_CERT_FILE=" + dir, "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", dir}},
+		{"another's key", []string{"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + other.keyFile}, 1, []string{"TLS_CERT_FILE", "private key does not match"}},
+		{"no PEM", []string{"TLS_CERT_FILE=" + ordinary, "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", "PEM"}},
+		{"port taken", []string{"PORT=" + port}, 1, []string{"address already in use", port}},
+		{"metrics port taken", []string{"METRICS_ADDR=127.0.0.1:" + port}, 1, []string{"METRICS_ADDR", "address already in use"}},
+		{"ordinary file", []string{"HOST=unix:" + ordinary}, 1, []string{ordinary, "is no socket"}},
+		{"no directory", []string{"HOST=unix:" + dir + "/none/socket"}, 1, []string{dir + "/none/socket", "no such file or directory"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			exit, stdout, stderr := runBinary(t, nil, tc.env...)
+			lines := strings.Split(strings.TrimSpace(stderr), "\n")
+			for _, part := range tc.says {
+				if !strings.Contains(lines[len(lines)-1], part) {
+					t.Errorf("the last line lacks %q:\n%s", part, stderr)
+				}
+			}
+			if exit != tc.exit || stdout != "" {
+				t.Errorf("exit status %d with %q on stdout, want %d and nothing", exit, stdout, tc.exit)
+			}
+		})
+	}
+	if kept, _ := os.ReadFile(ordinary); string(kept) != "kept" {
+		t.Errorf("the ordinary file now holds %q", kept)
+	}
+}
+
+// startOnSocket runs the binary on a socket file and waits until it answers
+// there. stop sends SIGTERM and returns the exit status.
+func startOnSocket(t *testing.T, path string, env ...string) (stop func() int) {
+	t.Helper()
+	out := &processOutput{}
+	cmd := exec.Command(buildBinary(t))
+	cmd.Env = append([]string{"GORACE=atexit_sleep_ms=0", "HOST=unix:" + path}, env...)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stop = sync.OnceValue(func() int {
+		cmd.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(stopDeadline, func() { cmd.Process.Kill() })
+		defer kill.Stop()
+		cmd.Wait()
+		return cmd.ProcessState.ExitCode()
+	})
+	t.Cleanup(func() {
+		stop()
+		if t.Failed() {
+			t.Logf("the server printed:\n%s", out)
+		}
+	})
+	for deadline := time.Now().Add(startDeadline); !strings.Contains(out.String(), "listens on unix:"+path+"\n"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the server did not say that it listens")
+		}
+	}
+	return stop
+}
+
+// socketClient is an HTTP client for whoever listens at path.
+func socketClient(path string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext:       func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) },
+		DisableKeepAlives: true,
+	}}
+}
+
+// socketDir returns a directory whose name is short enough for socket files.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "parley")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func TestSocketFile(t *testing.T) {
+	path := filepath.Join(socketDir(t), "parley.sock")
+	// What a killed process leaves behind.
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.SetUnlinkOnClose(false)
+	stale.Close()
+	stop := startOnSocket(t, path)
+
+	var minted struct{ Code, AppID string }
+	res, err := socketClient(path).Post("http://localhost/rendezvous/code", "application/json", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(&minted); err != nil || !validCode(minted.Code) {
+		t.Fatalf("minted %+v: %v", minted, err)
+	}
+	v := victim{connect: func() (net.Conn, error) { return net.Dial("unix", path) }}
+	a := v.raw(t, wsDial{appID: minted.AppID, side: "A"})
+	b := v.raw(t, wsDial{appID: minted.AppID, side: "B"})
+	a.want(t, frameRoomFull)
+	b.want(t, frameRoomFull)
+	a.write(t, textFrame(`{"type":"offer"}`))
+	b.want(t, `{"type":"offer"}`)
+
+	// A second server must not take the file away from the first.
+	if exit, _, stderr := runBinary(t, nil, "HOST=unix:"+path); exit != 1 || !strings.Contains(stderr, "another process listens there") {
+		t.Errorf("a second server: exit status %d\n%s", exit, stderr)
+	}
+	if res, err := socketClient(path).Get("http://localhost/healthz"); err != nil || res.StatusCode != http.StatusOK {
+		t.Errorf("the first server after that: %v, %v", res, err)
+	} else {
+		res.Body.Close()
+	}
+
+	if exit := stop(); exit != 0 {
+		t.Errorf("exit status %d", exit)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket file after the exit: %v", err)
+	}
+	if code := a.closed(); code != closeGoingAway {
+		t.Errorf("closed with %d", code)
+	}
+}
+
+// A server too busy to accept is not a stale file.
+func TestSocketFileOfBusyServer(t *testing.T) {
+	path := filepath.Join(socketDir(t), "busy.sock")
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}), syscall.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	var waiting []net.Conn
+	defer func() {
+		for _, c := range waiting {
+			c.Close()
+		}
+	}()
+	for len(waiting) < 1000 {
+		c, err := net.DialTimeout("unix", path, 100*time.Millisecond)
+		if err != nil {
+			break // the backlog is full
+		}
+		waiting = append(waiting, c)
+	}
+	if l, err := listen("unix:"+path, 0); err == nil {
+		l.Close()
+		t.Error("the file was taken from a server that has not accepted yet")
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMetricsAddr(t *testing.T) {
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	apart := free.Addr().String()
+	free.Close()
+	ts, _ := newLoopServer(t, "METRICS_ADDR="+apart, "METRICS_ROUTE=/internal/numbers")
+	get := func(url string) (status int, body string) {
+		t.Helper()
+		res, err := ts.http.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		b, _ := io.ReadAll(res.Body)
+		return res.StatusCode, string(b)
+	}
+	for path, want := range map[string]int{"/healthz": 200, "/metrics": 404, "/internal/numbers": 404} {
+		if status, _ := get("http://parley.test" + path); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	ts.http.CloseIdleConnections()
+	ts.http = &http.Client{Transport: &http.Transport{}}
+	for path, want := range map[string]int{"/internal/numbers": 200, "/metrics": 404, "/healthz": 404, "/ws": 404, "/rendezvous/code": 404, "/": 404} {
+		status, body := get("http://" + apart + path)
+		if status != want || (status == 200) != strings.Contains(body, "parley_build_info{") {
+			t.Errorf("%s apart: %d, want %d\n%.200s", path, status, want, body)
+		}
+	}
+}
+
+// A guarded is a connection that knows whether it was closed.
+type guarded struct {
+	net.Conn
+	name   string
+	closed bool
+}
+
+func (c *guarded) Close() error {
+	c.closed = true
+	return nil
+}
+
+func TestConnectionGuard(t *testing.T) {
+	webSockets := 0
+	newGuard := func(max int) *connectionGuard {
+		g := newConnectionGuard(0, func() int { return webSockets })
+		g.max = max
+		return g
+	}
+	conns := make(map[string]*guarded)
+	// steps are connections and their new states: + new, a active, i idle, h
+	// hijacked, - closed; it returns which were evicted, in order.
+	play := func(g *connectionGuard, steps string) (evicted string) {
+		clear(conns)
+		for step := range strings.FieldsSeq(steps) {
+			name, state := step[:1], map[byte]http.ConnState{'+': http.StateNew, 'a': http.StateActive, 'i': http.StateIdle, 'h': http.StateHijacked, '-': http.StateClosed}[step[1]]
+			if conns[name] == nil {
+				conns[name] = &guarded{name: name}
+			}
+			before := make(map[string]bool)
+			for n, c := range conns {
+				before[n] = c.closed
+			}
+			g.track(conns[name], state)
+			for n, c := range conns {
+				if c.closed && !before[n] {
+					evicted += n
+					g.track(c, http.StateClosed) // as http.Server does
+				}
+			}
+		}
+		return evicted
+	}
+	for _, tc := range []struct {
+		name       string
+		max        int
+		webSockets int
+		steps      string
+		evicted    string
+		open       int
+	}{
+		{"within the bound", 3, 0, "1+ 2+ 3+", "", 3},
+		{"the longest waiting goes first", 2, 0, "1+ 2+ 3+ 4+", "12", 2},
+		{"one with a request that is answered stays", 2, 0, "1+ 1a 2+ 3+", "2", 2},
+		{"where nobody waits, the longest asking goes", 2, 0, "1+ 1a 2+ 2a 3+ 3a 4+", "12", 2},
+		{"idle again, it waits anew", 2, 0, "1+ 2+ 1a 1i 3+ 4+", "21", 2},
+		{"what is closed makes room", 2, 0, "1+ 2+ 1- 3+", "", 2},
+		{"closed before it ever waited again", 2, 0, "1+ 1a 2+ 1- 3+", "", 2},
+		{"hijacked ones are counted elsewhere", 2, 0, "1+ 1a 1h 2+ 3+", "", 2},
+		{"WebSockets take room", 3, 2, "1+ 2+", "1", 1},
+		{"nobody waits", 1, 1, "1+", "", 1},
+		{"the newcomer itself never goes", 1, 5, "1+ 2+ 3+", "12", 1},
+		{"no limit", 0, 9, "1+ 2+ 3+", "", 3},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			webSockets = tc.webSockets
+			g := newGuard(tc.max)
+			if got := play(g, tc.steps); got != tc.evicted {
+				t.Errorf("evicted %q, want %q", got, tc.evicted)
+			}
+			if len(g.where) != tc.open {
+				t.Errorf("%d are open, want %d", len(g.where), tc.open)
+			}
+		})
+	}
+	for files, max := range map[int]int{0: 0, 128: 114, 1024: 969, 20000: 19000} {
+		if got := newConnectionGuard(files, nil).max; got != max {
+			t.Errorf("of %d files %d are for connections, want %d", files, got, max)
+		}
+	}
+}
+
+// crowdedFiles is how many files the server may open in TestOpenFileLimit.
+const crowdedFiles = 128
+
+// Whatever is opened and left lying about, a server out of files answers, and
+// those who talk go on.
+func TestOpenFileLimit(t *testing.T) {
+	start := func(t *testing.T, env ...string) (*process, victim) {
+		script := filepath.Join(t.TempDir(), "few-files")
+		if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nulimit -n %d && exec %s\n", crowdedFiles, buildBinary(t)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		p := &process{t: t, path: script, out: &processOutput{}, env: append([]string{"GORACE=atexit_sleep_ms=0", "HOST=127.0.0.1", "PORT=0"}, env...)}
+		t.Cleanup(p.cleanup)
+		p.start()
+		return p, victim{connect: func() (net.Conn, error) { return net.Dial("tcp", strings.TrimPrefix(p.base, "http://")) }}
+	}
+	healthy := func(t *testing.T, p *process) {
+		t.Helper()
+		client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+		res, err := client.Get(p.url("/healthz"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			t.Fatalf("/healthz: %s", res.Status)
+		}
+	}
+	// crowd opens connections that say this much and no more, and looks after the
+	// server's health all the while.
+	crowd := func(t *testing.T, p *process, addr string, n int, says string) {
+		t.Helper()
+		for i := range n {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			io.WriteString(c, says)
+			if i%20 == 0 {
+				healthy(t, p)
+			}
+		}
+		healthy(t, p)
+	}
+	for name, says := range map[string]string{
+		"silent":       "",
+		"half headers": "GET /healthz HTTP/1.1\r\nHost: par",
+		"idle":         "GET /healthz HTTP/1.1\r\nHost: parley.test\r\n\r\n",
+		"half bodies":  "POST /rendezvous/code HTTP/1.1\r\nHost: parley.test\r\nContent-Length: 100\r\n\r\n{",
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, v := start(t)
+			a, b := v.pair(t)
+			crowd(t, p, strings.TrimPrefix(p.base, "http://"), 3*crowdedFiles, says)
+			a.write(t, textFrame(`{"type":"offer"}`))
+			b.want(t, `{"type":"offer"}`)
+		})
+	}
+	t.Run("metrics", func(t *testing.T) {
+		free, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		free.Close()
+		p, _ := start(t, "METRICS_ADDR="+free.Addr().String())
+		crowd(t, p, free.Addr().String(), 3*crowdedFiles, "")
+	})
+	t.Run("WebSockets", func(t *testing.T) {
+		p, v := start(t)
+		a, b := v.pair(t)
+		open := 2
+		for range 3 * crowdedFiles {
+			c, err := v.connect()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			_, res, err := openRaw(c, wsDial{appID: uuid.NewString(), side: "A"})
+			if err == nil {
+				open++
+			} else if res == nil {
+				t.Fatal(err)
+			} else {
+				var answer struct{ Error, Code string }
+				if json.NewDecoder(res.Body).Decode(&answer); res.StatusCode != http.StatusServiceUnavailable || answer.Code != "at_capacity" || res.Header.Get("Retry-After") == "" {
+					t.Fatalf("refused with %s, %+v", res.Status, answer)
+				}
+			}
+			if open%20 == 0 {
+				healthy(t, p)
+			}
+		}
+		if want := crowdedFiles / 10 * 9; open != want {
+			t.Errorf("%d WebSockets were open, want %d", open, want)
+		}
+		crowd(t, p, strings.TrimPrefix(p.base, "http://"), crowdedFiles, "")
+		a.write(t, textFrame(`{"type":"offer"}`))
+		b.want(t, `{"type":"offer"}`)
+		b.write(t, textFrame(`{"type":"answer"}`))
+		a.want(t, `{"type":"answer"}`)
+		// One that leaves makes room for one.
+		a.write(t, clientFrame(final|opClose, "\x03\xe8"))
+		a.closed()
+		a.Close()
+		b.want(t, framePeerLeft)
+		for deadline := time.Now().Add(startDeadline); ; time.Sleep(10 * time.Millisecond) {
+			c, err := v.connect()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, _, err = openRaw(c, wsDial{appID: uuid.NewString(), side: "A"}); err == nil {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("no room after one had left: %v", err)
+			}
+		}
+	})
+}
