@@ -289,14 +289,9 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 	if _, err := d.json.ReadToken(); err != nil {
 		return m, badJSON(err)
 	}
-	var twice []byte // a member with a meaning that is there more than once
 	for d.json.PeekKind() == '"' {
-		again, err := d.decodeMember(data, &m.raw)
-		if err != nil {
+		if err := d.decodeMember(data, &m.raw); err != nil {
 			return message{}, err
-		}
-		if again != nil {
-			twice = again
 		}
 	}
 	if _, err := d.json.ReadToken(); err != nil {
@@ -315,40 +310,38 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 		return message{}, badFrame(`the frame's "type" is not a string`)
 	}
 	m.name, m.typ = name, clientType(name)
-	if string(twice) == "type" || twice != nil && m.typ != typeUnknown && !m.typ.relayed() {
-		return message{}, badFrame("the frame has more than one %q", twice)
-	}
 	if m.raw.id != nil { // an error of strconv is an allocation
 		m.id, _ = parseInteger(m.raw.id)
 	}
 	return m, nil
 }
 
-// decodeMember reads one top-level name and value. again is the name if it has
-// a meaning and was there before.
-func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) (again []byte, err error) {
+// decodeMember reads one top-level name and value. Of a name that is there more
+// than once the last value counts, as for JavaScript; only a second type would
+// leave open what the frame is.
+func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) error {
 	quoted, err := d.json.ReadValue()
 	if err != nil {
-		return nil, badJSON(err)
+		return badJSON(err)
 	}
 	name, _ := unquote(quoted)
 	known := raw.member(name)
 	if known == nil {
 		if err := d.json.SkipValue(); err != nil {
-			return nil, badJSON(err)
+			return badJSON(err)
 		}
-		return nil, nil
+		return nil
 	}
-	if *known != nil {
-		again = bytes.Clone(name)
+	if known == &raw.typ && raw.typ != nil {
+		return badFrame(`the frame has more than one "type"`)
 	}
 	value, err := d.json.ReadValue()
 	if err != nil {
-		return nil, badJSON(err)
+		return badJSON(err)
 	}
 	end := int(d.json.InputOffset())
 	*known = data[end-len(value) : end]
-	return again, nil
+	return nil
 }
 
 func badJSON(err error) *frameError {
