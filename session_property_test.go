@@ -148,9 +148,8 @@ type personConn struct {
 	wire *wire
 	no   int // counts all connections of the run, so that a later one is higher
 
-	settled bool // it has lived through the end of a step
-	seated  bool // it has been sent something
-	welcome bool
+	settled bool   // it has lived through the end of a step
+	seated  bool   // it has been sent something
 	full    int    // room_full due: one with each arrival
 	peer    string // v1: how the other side is, by the frames alone
 	lastSeq uint64

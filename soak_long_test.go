@@ -665,6 +665,8 @@ func TestLongStalledReader(t *testing.T) {
 		talking sync.WaitGroup
 		quit    = make(chan struct{})
 	)
+	defer talking.Wait()
+	defer close(quit)
 	for i := range pairs {
 		id := uuid.NewString()
 		a, b := s.open(wsDial{appID: id, side: "A"}), s.open(wsDial{appID: id, side: "B"})
@@ -698,8 +700,10 @@ func TestLongStalledReader(t *testing.T) {
 				}
 				start := time.Now()
 				a.Write(offer)
-				if got, err := a.text(); err != nil {
-					t.Errorf("pair %d: %q, %v", i, got, err)
+				if _, err := a.text(); err != nil {
+					if !t.Failed() { // one is enough
+						t.Errorf("pair %d: %v", i, err)
+					}
 					return
 				}
 				mu.Lock()
@@ -717,13 +721,13 @@ func TestLongStalledReader(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		slices.Sort(samples)
-		if len(samples) < pairs {
+		if len(samples) < 100 {
 			t.Fatalf("only %d round trips in %v", len(samples), phase)
 		}
 		return samples[len(samples)*99/100]
 	}
-	// The machine has other things to do: what counts is the median of phases
-	// that take turns.
+	// The machine has other things to do: what counts is the best of phases that
+	// take turns. A server that stalls has no good one.
 	var without, with []time.Duration
 	sent := 0
 	p99() // connecting so many is over
@@ -733,14 +737,12 @@ func TestLongStalledReader(t *testing.T) {
 		with = append(with, p99())
 		stop()
 	}
-	close(quit)
-	talking.Wait()
 	slices.Sort(without)
 	slices.Sort(with)
-	t.Logf("p99 without a stalled reader %v, with one %v", without, with)
-	ratio := float64(with[rounds/2]) / float64(without[rounds/2])
-	t.Logf("median p99 round trip of %d busy pairs: %v without a stalled reader, %v with one, which was sent %d KiB: ratio %.2f, goal 1.5",
-		pairs, without[rounds/2], with[rounds/2], sent/rounds>>10, ratio)
+	ratio := float64(with[0]) / float64(without[0])
+	t.Logf("p99 of each phase without a stalled reader %v, with one %v", without, with)
+	t.Logf("best p99 round trip of %d busy pairs: %v without a stalled reader, %v with one, which was sent %d KiB: ratio %.2f, goal 1.5",
+		pairs, without[0], with[0], sent/rounds>>10, ratio)
 	if ratio > bound {
 		t.Errorf("a stalled reader makes the others' p99 %.2f times as long", ratio)
 	}

@@ -1439,7 +1439,7 @@ func TestSlowControlFrame(t *testing.T) {
 func TestStalledReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ts := newSettledServer(t)
-		a, b := ts.rawPair() // A does not read
+		_, b := ts.rawPair() // A does not read
 		other := ts.join(wsDial{appID: otherApp, side: "A"})
 		text := `{"type":"ice","x":"` + strings.Repeat("x", 10_000) + `"}`
 		done := make(chan struct{})
@@ -1469,7 +1469,7 @@ func TestStalledReader(t *testing.T) {
 			t.Errorf("%v closes counted as 4408, want 1", got)
 		}
 		b.settled() // what it still sent waits, or is answered peer_absent
-		a = ts.raw(wsDial{appID: testApp, side: "A"})
+		a := ts.raw(wsDial{appID: testApp, side: "A"})
 		a.want(opText, frameRoomFull)
 		b.want(frameRoomFull)
 	})
