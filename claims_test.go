@@ -156,7 +156,7 @@ func welcome(side, peer, more string) string {
 const peerV1 = `,"peerV":1`
 
 func TestWelcome(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, peer := range []struct {
 			v1   bool
@@ -193,7 +193,7 @@ func TestWelcome(t *testing.T) {
 			}
 		}
 	})
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "HEARTBEAT=7s", "WS_MAX_MSG=64KiB")
 		c := ts.join(wsDial{appID: uuid.NewString(), side: "B", v1: true})
 		c.wantJSON(`{"type":"welcome","v":1,"side":"B","polite":true,"peer":"absent","heartbeat":7000,"maxMessage":65536}`)
@@ -202,7 +202,7 @@ func TestWelcome(t *testing.T) {
 
 // What waits comes after the welcome and room_full.
 func TestWelcomeAheadOfWhatWaited(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, v1 := range []bool{true, false} {
 			id := uuid.NewString()
@@ -241,7 +241,7 @@ func TestWelcomeAheadOfWhatWaited(t *testing.T) {
 // What a seat left waiting for one who is not there is stale once it is free:
 // no newcomer is offered a connection to somebody who has gone. Mail stays.
 func TestStaleRelay(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, there := range []websocket.StatusCode{0, websocket.StatusGoingAway} {
 			id := uuid.NewString()
@@ -286,7 +286,7 @@ func TestStaleRelay(t *testing.T) {
 }
 
 func TestPresenceV1(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, v1 := range []bool{true, false} {
 			id := uuid.NewString()
@@ -319,7 +319,7 @@ func TestPresenceV1(t *testing.T) {
 		}
 	})
 	// One who is not parley.v1 hears of arrivals, and when the seat is free.
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -350,7 +350,7 @@ func TestPresenceV1(t *testing.T) {
 // Presence never waits: who attaches is told how things are, and then only what
 // changes.
 func TestPresenceDoesNotWait(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, claim := range []string{"", "a"} {
 			id := uuid.NewString()
@@ -398,7 +398,7 @@ func TestPresenceDoesNotWait(t *testing.T) {
 func TestPresenceThatWasNotReadIsForgotten(t *testing.T) {
 	long := `{"type":"ice","x":"` + strings.Repeat("x", 40<<10) + `"}`
 	for _, stalled := range []bool{false, true} {
-		in2026(t, func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			ts := newTestServer(t)
 			id := uuid.NewString()
 			me := wsDial{appID: id, side: "A", sid: "a", v1: true}
@@ -435,7 +435,7 @@ func TestPresenceThatWasNotReadIsForgotten(t *testing.T) {
 }
 
 func TestBusySeat(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, side := range []string{"A", "B"} {
 			for _, holder := range []string{"", "secret"} {
@@ -480,7 +480,7 @@ func TestBusySeat(t *testing.T) {
 
 // An empty sid is none, as clients send it that have none.
 func TestEmptySid(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		dial := func() (*websocket.Conn, error) {
@@ -511,7 +511,7 @@ func TestEmptySid(t *testing.T) {
 }
 
 func TestTakeover(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		b := ts.join(wsDial{appID: id, side: "B", v1: true})
@@ -546,8 +546,7 @@ func TestTakeover(t *testing.T) {
 // A gatedHub lets a test stand between connections and their seats.
 type gatedHub struct {
 	hub
-	post  func(*frame) // called before each Post
-	leave func()       // called before each Leave
+	post, ack, leave func() // called before the seats' methods
 }
 
 type gatedSeat struct {
@@ -565,9 +564,16 @@ func (h gatedHub) Join(ctx context.Context, id sessionID, r joinRequest, notify 
 
 func (s gatedSeat) Post(ctx context.Context, to string, f frame, hold bool) (receipt, error) {
 	if s.post != nil {
-		s.post(&f)
+		s.post()
 	}
 	return s.seat.Post(ctx, to, f, hold)
+}
+
+func (s gatedSeat) Ack(ctx context.Context, upTo uint64) error {
+	if s.ack != nil {
+		s.ack()
+	}
+	return s.seat.Ack(ctx, upTo)
 }
 
 func (s gatedSeat) Leave(ctx context.Context, forGood bool) error {
@@ -588,11 +594,11 @@ func (ts *testServer) gate(h gatedHub) {
 // server has read already.
 func TestTakeoverRefusesFramesInFlight(t *testing.T) {
 	for _, in := range []string{`{"type":"ice","n":%d}`, `{"type":"send","payload":{"n":%d}}`, `{"type":"send","id":%d,"payload":0}`} {
-		in2026(t, func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			ts := newTestServer(t)
 			reached, goOn := make(chan struct{}), make(chan struct{})
 			posts := 0
-			ts.gate(gatedHub{post: func(*frame) {
+			ts.gate(gatedHub{post: func() {
 				if posts++; posts == 3 {
 					close(reached)
 					<-goOn
@@ -640,8 +646,32 @@ func TestTakeoverRefusesFramesInFlight(t *testing.T) {
 	}
 }
 
+func TestTakeoverRefusesAcknowledgementsInFlight(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t)
+		reached, goOn := make(chan struct{}), make(chan struct{})
+		once := sync.OnceFunc(func() { close(reached); <-goOn })
+		ts.gate(gatedHub{ack: once})
+		id := uuid.NewString()
+		a := ts.join(wsDial{appID: id, side: "A"})
+		claimed := wsDial{appID: id, side: "B", sid: "secret"}
+		old := ts.join(claimed)
+		old.want(frameRoomFull)
+		a.mail(1, "1", "2")
+		seqs := old.wantMail("A", "1", "2")
+		old.delivered(seqs[1])
+		<-reached
+		now := ts.join(claimed)
+		synctest.Wait()
+		close(goOn)
+		now.want(frameRoomFull)
+		now.hello(0)
+		now.wantMail("A", "1", "2")
+	})
+}
+
 func TestResume(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "RESUME_TTL=90s")
 		ends := map[string]func(c *wsClient, w *wire){
 			"1001":       func(c *wsClient, _ *wire) { c.end(websocket.StatusGoingAway) },
@@ -684,10 +714,40 @@ func TestResume(t *testing.T) {
 	})
 }
 
+// A reservation is a matter between the server and its holder.
+func TestReservationOutlivesTheOther(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t)
+		id := uuid.NewString()
+		claimed := wsDial{appID: id, side: "A", sid: "secret", v1: true}
+		a := ts.join(claimed)
+		b := ts.join(wsDial{appID: id, side: "B", sid: "b"})
+		b.want(frameRoomFull)
+		a.wantJSON(welcome("A", "absent", ""), joinedOld, roomFullText)
+		a.end(dropped)
+		b.end(websocket.StatusNormalClosure)
+		ts.join(wsDial{appID: id, side: "A", sid: "another"}).wantEnd(closeBusy, "side A busy")
+		b = ts.join(wsDial{appID: id, side: "B", v1: true})
+		got := members(t, b.settled()[0])
+		if got["peer"] != "away" {
+			t.Errorf("the newcomer is told %v", got)
+		}
+		b.end(dropped)
+		ts.join(wsDial{appID: id, side: "A", sid: "another"}).wantEnd(closeBusy, "side A busy")
+		a = ts.join(claimed)
+		a.wantJSON(welcome("A", "absent", ""))
+		a.end(dropped)
+		time.Sleep(59 * time.Second)
+		ts.join(wsDial{appID: id, side: "A", sid: "another"}).wantEnd(closeBusy, "side A busy")
+		time.Sleep(time.Second)
+		ts.join(wsDial{appID: id, side: "A", sid: "another"}).want()
+	})
+}
+
 // A dead network is noticed by the second heartbeat without a sign of life, and
 // sooner by a client that is back before.
 func TestDeadNetwork(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, sid := range []string{"", "secret"} {
 			id := uuid.NewString()
@@ -717,7 +777,7 @@ func TestDeadNetwork(t *testing.T) {
 
 // A seat is free at once when its holder leaves for good, or has no claim.
 func TestSeatIsFreeAtOnce(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, sid := range []string{"", "secret"} {
 			for _, code := range []websocket.StatusCode{websocket.StatusNormalClosure, websocket.StatusNoStatusRcvd, websocket.StatusGoingAway, 4000, dropped} {
@@ -741,7 +801,7 @@ func TestSeatIsFreeAtOnce(t *testing.T) {
 // At once means: before the client knows that its connection is closed. What
 // is waited for here is Leave, which takes its time with another hub.
 func TestSeatIsFreeBeforeTheCloseIsAnswered(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		ts.gate(gatedHub{leave: func() { time.Sleep(50 * time.Millisecond) }})
 		for _, code := range []websocket.StatusCode{websocket.StatusNormalClosure, websocket.StatusNoStatusRcvd} {
@@ -758,7 +818,7 @@ func TestSeatIsFreeBeforeTheCloseIsAnswered(t *testing.T) {
 }
 
 func TestTooManyTakeovers(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		b := ts.join(wsDial{appID: id, side: "B"})
@@ -851,7 +911,7 @@ func TestTwoHoldersOfOneSid(t *testing.T) {
 	comeBack := func(code closeCode) bool { return 4000 <= code && code < 4500 }
 
 	// Those who know what close codes mean are done after one takeover.
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		connected, open := share(newTestServer(t), func(code closeCode) (time.Duration, bool) {
 			return time.Second, comeBack(code)
 		})
@@ -861,7 +921,7 @@ func TestTwoHoldersOfOneSid(t *testing.T) {
 	})
 	// Those who come back at once from every 4500 take the seat over 6 times in
 	// 10 s. Then one of them is told to come back later, and does.
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		connected, open := share(newTestServer(t), func(code closeCode) (time.Duration, bool) {
 			if code == closeReplaced {
 				return 0, true
@@ -875,7 +935,7 @@ func TestTwoHoldersOfOneSid(t *testing.T) {
 }
 
 func TestCodeContested(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		code, id := ts.mint()
 		redeem := func(status int) {
@@ -907,7 +967,7 @@ func TestCodeContested(t *testing.T) {
 }
 
 func TestSubprotocolNegotiation(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		for _, c := range []struct {
 			offer string
@@ -989,7 +1049,7 @@ func TestRefusals(t *testing.T) {
 			ts.t.Errorf("parley.v1: refused with %q, want %q", got, v1)
 		}
 	}
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "APP_IDS=minted", "MAX_SESSIONS=1")
 		_, id := ts.mint()
 		unknown := wsDial{appID: uuid.NewString(), side: "A"}
@@ -1011,7 +1071,7 @@ func TestRefusals(t *testing.T) {
 			check(ts, v.d, v.want, v.want)
 		}
 	})
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "APP_IDS=any", "MAX_SESSIONS=1")
 		c := ts.join(wsDial{appID: uuid.NewString(), side: "A"})
 		other := wsDial{appID: uuid.NewString(), side: "A"}
@@ -1020,7 +1080,7 @@ func TestRefusals(t *testing.T) {
 		ts.join(other).want()
 	})
 	// While the server drains it still answers, until the sockets are closed.
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -1034,7 +1094,7 @@ func TestRefusals(t *testing.T) {
 // A foreign origin is refused as HTTP whatever subprotocol is offered: no page
 // of a stranger gets a WebSocket out of the server.
 func TestForbiddenOriginIsHTTP(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "DEV=false", "CORS_ORIGINS=https://app.example")
 		_, id := ts.mint()
 		for _, v1 := range []bool{false, true} {
@@ -1065,7 +1125,7 @@ func TestOldClientSeesOnlyWhatItKnows(t *testing.T) {
 		"ice_servers": {"type", "iceServers", "ttl", "?throttled"},
 		"error":       {"type", "code", "error", "?ref"},
 	}
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		code, id := ts.mint()
 		for range 2 { // the second contests the code, once A is there

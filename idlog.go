@@ -42,13 +42,13 @@ func (l *idLog) store(id, seq uint64) {
 	case id > l.last:
 		if l.refused != 0 && l.refused < id {
 			l.gaps = append(l.gaps, idGap{l.refused, id - 1})
-			if len(l.gaps) > maxGaps {
-				l.gaps = slices.Delete(l.gaps, 0, 1)
-			}
 		}
 		l.last, l.lastSeq, l.refused = id, seq, 0
 	default:
 		l.fill(id)
+	}
+	if len(l.gaps) > maxGaps {
+		l.gaps = slices.Delete(l.gaps, 0, 1)
 	}
 }
 

@@ -16,16 +16,6 @@ import (
 
 // Mail as two clients see it, over WebSockets.
 
-// in2026 runs f in a synctest bubble at a time that the server may live in: the
-// seqs of mailboxes come from the clock, and a bubble's clock begins in 2000.
-func in2026(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		time.Sleep(time.Until(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)))
-		f(t)
-	})
-}
-
 // A serverFrame is a frame of the server's, of whatever type.
 type serverFrame struct {
 	Type    string
@@ -197,7 +187,7 @@ func TestMailPayloadIsUntouched(t *testing.T) {
 		strings.Repeat("[", 63) + strings.Repeat("]", 63), // and the frame is the 64th level
 		`"` + strings.Repeat("long ", 4_000) + `"`,
 	}
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		a, b, id := connectedPair(ts)
 		for _, p := range payloads {
@@ -228,7 +218,7 @@ func TestMailPayloadIsUntouched(t *testing.T) {
 }
 
 func TestMailTo(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		a, b, _ := connectedPair(ts)
 
@@ -258,7 +248,7 @@ func TestMailTo(t *testing.T) {
 }
 
 func TestMailReceipts(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		a, b, _ := connectedPair(ts)
 
@@ -309,7 +299,7 @@ func TestMailReceipts(t *testing.T) {
 // An id too large to be told from others must not pass for the largest there
 // is: all that follow would count as stored.
 func TestMailIdTooLarge(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		a, b, _ := connectedPair(ts)
 		for _, id := range []string{"9223372036854775808", "18446744073709551616", "1" + strings.Repeat("0", 400)} {
@@ -326,7 +316,7 @@ func TestMailIdTooLarge(t *testing.T) {
 // A client that lost the connection with its receipts sends again what it has
 // none for.
 func TestMailResendAfterDrop(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a, wire := ts.joinOnWire(wsDial{appID: id, side: "A", sid: "a's secret"})
@@ -350,7 +340,7 @@ func TestMailResendAfterDrop(t *testing.T) {
 }
 
 func TestMailIdsBelongToAClaim(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "RESUME_TTL=60s")
 		id := uuid.NewString()
 		var b *wsClient
@@ -404,7 +394,7 @@ func TestMailIdsBelongToAClaim(t *testing.T) {
 }
 
 func TestMailRefusedIdMayBeRepeated(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "MAX_QUEUED_BYTES=8KiB")
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -427,33 +417,55 @@ func TestMailRefusedIdMayBeRepeated(t *testing.T) {
 // What was refused is not stored, whatever was accepted since. A receipt for it
 // would be a lie, and the mail be lost.
 func TestMailRefusedIdMayBeRepeatedAfterHigherOnes(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "MAX_QUEUED_BYTES=8KiB")
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
 		big := `"` + strings.Repeat("x", 4<<10) + `"`
 		a.mail(1, big)
 		a.wantQueued(1)
-		a.mail(2, big)
-		a.wantFrameError("over_capacity", "2")
-		a.mail(3, `"small"`) // there is room for this one
-		a.wantQueued(3)
+		for id := 2; id <= 5; id++ {
+			a.mail(id, big)
+			a.wantFrameError("over_capacity", strconv.Itoa(id))
+		}
+		a.mail(6, `"small"`) // there is room for this one
+		a.wantQueued(6)
 		b := ts.join(wsDial{appID: id, side: "B"})
 		a.want(frameRoomFull)
 		b.want(frameRoomFull)
 		b.hello(0)
 		b.wantMail("A", big, `"small"`)
-		a.mail(2, big)
-		a.wantQueued(2)
-		b.wantMail("A", big)
-		a.mail(2, big) // but only once
-		a.wantQueued(2)
+		for _, id := range []int{3, 5, 2, 4} {
+			payload := fmt.Sprintf(`"%d%s"`, id, strings.Repeat("x", 4<<10))
+			a.mail(id, payload)
+			a.wantQueued(uint64(id))
+			b.wantMail("A", payload)
+		}
+		for id := 1; id <= 6; id++ { // but only once
+			a.mail(id, big)
+			a.wantQueued(uint64(id))
+		}
 		b.want()
 	})
 }
 
+// However a sender skips and repeats, what is remembered of it stays small.
+func TestMailRefusedIdsAreBounded(t *testing.T) {
+	var ids idLog
+	ids.refuse(1)
+	ids.store(1<<40, 1)
+	for id := uint64(2); id < 10_000; id += 2 {
+		if !ids.stored(id) {
+			ids.store(id, id)
+		}
+	}
+	if n := len(ids.gaps); n > maxGaps {
+		t.Errorf("%d gaps are remembered, want at most %d", n, maxGaps)
+	}
+}
+
 func TestMailHello(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -518,7 +530,7 @@ func TestMailHello(t *testing.T) {
 }
 
 func TestMailDelivered(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -583,7 +595,7 @@ func TestMailDelivered(t *testing.T) {
 }
 
 func TestMailDeliveryBegins(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -625,7 +637,7 @@ func TestMailDeliveryBegins(t *testing.T) {
 }
 
 func TestMailSurvivesDisconnects(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		sent := 0
@@ -677,7 +689,7 @@ func TestMailSurvivesDisconnects(t *testing.T) {
 
 func TestMailSessionTTL(t *testing.T) {
 	for _, sid := range []string{"", "secret"} {
-		in2026(t, func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			ts := newTestServer(t, "SESSION_TTL=10m", "RESUME_TTL=1m")
 			id := uuid.NewString()
 			ttl := 10 * time.Minute
@@ -719,7 +731,7 @@ func TestMailSessionTTL(t *testing.T) {
 // The code keeps a session, and its mail, longer than SESSION_TTL; with neither
 // it is gone, and so are its bytes, without anybody asking.
 func TestMailLivesWithTheCode(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "SESSION_TTL=2m", "ROOM_TTL=30m", "APP_IDS=minted")
 		_, id := ts.mint()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -752,7 +764,7 @@ func TestMailLivesWithTheCode(t *testing.T) {
 }
 
 func TestMailboxItems(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -789,7 +801,7 @@ func TestMailboxItems(t *testing.T) {
 }
 
 func TestMailboxBytes(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})
@@ -820,7 +832,7 @@ func TestMailboxBytes(t *testing.T) {
 // Past MAX_QUEUED_BYTES what is for those who are not there is refused, so that
 // those who are can go on.
 func TestMailOverCapacity(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, "MAX_QUEUED_BYTES=20KiB")
 		a1, b1, _ := connectedPair(ts)
 
@@ -882,7 +894,7 @@ func TestMailOverCapacity(t *testing.T) {
 // A client keeps the watermark of its mailbox while the server restarts and
 // forgets all seqs. What is sent then must not look old.
 func TestMailAfterRestart(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		id := uuid.NewString()
 		ts := newTestServer(t)
 		a := ts.join(wsDial{appID: id, side: "A", sid: "a"})
@@ -921,7 +933,7 @@ func TestMailAfterRestart(t *testing.T) {
 
 // The same for a session that expired and was opened anew.
 func TestMailAfterRebirth(t *testing.T) {
-	in2026(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t)
 		id := uuid.NewString()
 		a := ts.join(wsDial{appID: id, side: "A"})

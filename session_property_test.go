@@ -35,6 +35,7 @@ const (
 // A sessionScript is what happens in one run.
 type sessionScript struct {
 	people [3]scriptPerson // one for A, and two for B
+	tight  bool            // there is room for very little that waits
 	steps  []scriptStep
 }
 
@@ -84,6 +85,7 @@ func drawScript(t *rapid.T) sessionScript {
 	for i := range s.people {
 		s.people[i] = scriptPerson{v1: mostly.Draw(t, "v1"), claims: mostly.Draw(t, "claims")}
 	}
+	s.tight = rapid.Bool().Draw(t, "tight")
 	s.steps = rapid.SliceOfN(step, 10, 40).Draw(t, "steps")
 	return s
 }
@@ -92,7 +94,7 @@ func TestSessionProperty(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		script := drawScript(rt)
 		var err error
-		in2026(t, func(t *testing.T) { err = runScript(t, script) })
+		inBubble(t, func(t *testing.T) { err = runScript(t, script) })
 		if err != nil {
 			rt.Fatal(err)
 		}
@@ -140,6 +142,7 @@ type person struct {
 type letter struct {
 	n, life int
 	seq     uint64 // by its receipt, or 0
+	refused bool   // once, and not forgotten by its sender
 }
 
 // A personConn is one connection of a person's and all that came of it.
@@ -176,8 +179,12 @@ func (c *personConn) open() bool {
 }
 
 func runScript(t *testing.T, script sessionScript) error {
-	ts := newTestServer(t, "ROOM_TTL="+runRoomTTL.String(), "RESUME_TTL="+runResumeTTL.String(),
-		"HEARTBEAT="+runHeartbeat.String(), "SESSION_TTL="+runSessionTTL.String())
+	settings := []string{"ROOM_TTL=" + runRoomTTL.String(), "RESUME_TTL=" + runResumeTTL.String(),
+		"HEARTBEAT=" + runHeartbeat.String(), "SESSION_TTL=" + runSessionTTL.String()}
+	if script.tight {
+		settings = append(settings, "MAX_QUEUED_BYTES=200")
+	}
+	ts := newTestServer(t, settings...)
 	_, id := ts.mint()
 	r := &sessionRun{ts: ts, id: id, expires: time.Now().Add(runRoomTTL), occupied: time.Now()}
 	for i, p := range script.people {
@@ -426,10 +433,21 @@ func (p *person) receiveFrame(c *personConn, f serverFrame) {
 		}
 		c.relayed = append(c.relayed, x.X)
 	case "error":
-		if f.Code != "peer_absent" { // so much may not wait
+		if f.Code != "peer_absent" && f.Code != "over_capacity" { // so much may not wait
 			p.fail("received %s", f.text)
 		}
-		c.posted = nil
+		var id int
+		switch {
+		case string(f.Ref) == `"ice"`:
+			c.posted = nil
+		case string(f.Ref) == `"send"`:
+			c.plain = nil
+		case json.Unmarshal(f.Ref, &id) != nil:
+			p.fail("received %s", f.text)
+		}
+		for _, l := range p.unsure {
+			l.refused = l.refused || l.n == id
+		}
 	default:
 		p.fail("received %s", f.text)
 	}
@@ -517,8 +535,10 @@ func (p *person) judgeSettled(c *personConn) error {
 	if !c.open() {
 		return nil
 	}
-	if c == p.using && len(p.unsure) > 0 {
-		return fmt.Errorf("person %d: %d letters have no receipt", p.no, len(p.unsure))
+	for _, l := range p.unsure {
+		if c == p.using && !l.refused {
+			return fmt.Errorf("person %d has no receipt for letter %d", p.no, l.n)
+		}
 	}
 	if p.v1 && !c.seated {
 		return fmt.Errorf("person %d has not been welcomed", p.no)
@@ -604,22 +624,36 @@ func (r *sessionRun) judgeMail() error {
 				}
 			}
 		}
-		// The order of the seqs is that of sending; what was sent twice on one
-		// claim is stored once.
-		type claimed struct{ person, epoch int }
+		// The order of the seqs is that of sending, save for what was refused at
+		// first; what was sent twice on one claim is stored once.
+		refused := map[[2]int]bool{}
+		for _, p := range r.people {
+			for _, l := range p.letters {
+				refused[[2]int{p.no, l.n}] = l.refused
+			}
+		}
+		type claimed struct{ person, epoch, n int }
+		stored := map[claimed]bool{}
 		highest := map[claimed]int{}
 		newest := map[int]int{}
 		found := map[[2]int]bool{}
 		for _, seq := range slices.Sorted(maps.Keys(all)) {
 			x := all[seq]
-			k := claimed{x.P, x.E}
-			if x.N <= highest[k] {
-				return fmt.Errorf("mail %v follows number %d", x, highest[k])
+			if k := (claimed{x.P, x.E, x.N}); stored[k] {
+				return fmt.Errorf("mail %v was stored twice", x)
+			} else {
+				stored[k] = true
+			}
+			if k := (claimed{x.P, x.E, 0}); !refused[[2]int{x.P, x.N}] {
+				if x.N < highest[k] {
+					return fmt.Errorf("mail %v follows number %d", x, highest[k])
+				}
+				highest[k] = x.N
 			}
 			if x.C < newest[x.P] {
 				return fmt.Errorf("mail %v was accepted after connection %d took over", x, newest[x.P])
 			}
-			highest[k], newest[x.P] = x.N, x.C
+			newest[x.P] = x.C
 			found[[2]int{x.P, x.N}] = true
 		}
 		for _, p := range r.people {
