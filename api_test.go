@@ -51,7 +51,7 @@ func (ts *testServer) metric(name string) float64 {
 	return v
 }
 
-// wantJSON fails unless the answer has this status, is JSON that is not to be
+// want fails unless the answer has this status, is JSON that is not to be
 // stored, and, past 399, is an error with this code and a sentence that has
 // word in it.
 func (a httpAnswer) want(t testing.TB, status int, code, word string) {
@@ -213,9 +213,10 @@ func TestGone(t *testing.T) {
 		redeem(used).want(t, 200, "", "")
 		answers = append(answers, redeem(used))
 
-		expired := ts.post("/rendezvous/code", `{"ttl":60}`).Code
-		lives := ts.post("/rendezvous/code", `{"ttl":60}`).Code
-		time.Sleep(time.Minute - time.Millisecond)
+		// Not when the janitor comes: it is the clock that counts.
+		expired := ts.post("/rendezvous/code", `{"ttl":62}`).Code
+		lives := ts.post("/rendezvous/code", `{"ttl":62}`).Code
+		time.Sleep(62*time.Second - time.Millisecond)
 		redeem(lives).want(t, 200, "", "")
 		time.Sleep(time.Millisecond)
 		answers = append(answers, redeem(expired), redeem(lives))
@@ -228,11 +229,7 @@ func TestGone(t *testing.T) {
 		}
 		for _, a := range answers {
 			a.want(t, 410, "gone", "unknown, has been used, or has expired")
-			for _, header := range []string{"Date", "Content-Length"} {
-				if header == "Date" {
-					a.header.Del(header)
-				}
-			}
+			a.header.Del("Date")
 			if a.text != answers[0].text || fmt.Sprint(a.header) != fmt.Sprint(answers[0].header) {
 				t.Errorf("answered %s %v, and another time %s %v", a.text, a.header, answers[0].text, answers[0].header)
 			}
@@ -714,17 +711,9 @@ func TestMetricsMove(t *testing.T) {
 			`parley_frame_bytes{direction="out"}`: float64(len(offer) + 2*len(frameRoomFull)), "parley_mailbox_bytes": -float64(len(offer))})
 		bad := "nonsense"
 		b.send(bad)
-		b.settled()
-		answer := 0.0
-		for _, f := range []string{`{"type":"error","code":"bad_frame","error":"the frame is not a JSON object"}`} {
-			answer = float64(len(f))
-		}
-		now := ts.series()[`parley_frame_bytes{direction="out"}`] - old[`parley_frame_bytes{direction="out"}`]
-		if now < answer/2 {
-			t.Errorf("%v bytes counted for an error frame", now)
-		}
+		answer := b.settled()
 		moved("nonsense", map[string]float64{`parley_frames_total{direction="in",type="other"}`: 1, `parley_frame_bytes{direction="in"}`: float64(len(bad)),
-			`parley_frames_total{direction="out",type="error"}`: 1, `parley_frame_bytes{direction="out"}`: now})
+			`parley_frames_total{direction="out",type="error"}`: 1, `parley_frame_bytes{direction="out"}`: float64(len(answer[len(answer)-1]))})
 		b.leave(websocket.StatusNormalClosure)
 		moved("leave", map[string]float64{"parley_ws_connections": -1, `parley_ws_closes_total{code="1000"}`: 1,
 			`parley_frames_total{direction="out",type="peer_left"}`: 1, `parley_frame_bytes{direction="out"}`: float64(len(framePeerLeft))})

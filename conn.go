@@ -92,6 +92,7 @@ type conn struct {
 	boundary  bool  // the library stands between two messages
 	inMessage bool  // a message has begun and not ended
 	deadline  bool  // a read deadline is set
+	began     int64 // when the message was begun, since start
 
 	lastByte atomic.Int64 // when something was read, since start
 	paused   atomic.Bool  // not reading, because someone is slow to
@@ -297,7 +298,7 @@ func (c *conn) waitInMessage() error {
 	c.src.flush()
 	if !c.deadline {
 		c.deadline = true
-		c.net.SetReadDeadline(time.Now().Add(messageTimeout))
+		c.net.SetReadDeadline(c.start.Add(time.Duration(c.began) + messageTimeout))
 		if c.closing() != 0 { // whose kick we have just undone
 			return os.ErrDeadlineExceeded
 		}
@@ -322,6 +323,7 @@ func (c *conn) waitInMessage() error {
 func (c *conn) controlRead() {
 	if !c.inMessage {
 		c.settle()
+		c.began = c.lastByte.Load()
 		c.boundary = c.br.Buffered() == 0
 	}
 }
@@ -341,6 +343,7 @@ func (c *conn) settle() {
 // arrives. Control frames are answered on the way; when nothing but those came,
 // the buffer is nil.
 func (c *conn) readMessage() (buf *buffer, data []byte, binary bool, err error) {
+	c.began = c.lastByte.Load()
 	typ, r, err := c.ws.Reader(context.Background())
 	if errors.Is(err, errIdle) {
 		return nil, nil, false, nil
@@ -406,7 +409,7 @@ func (c *conn) awaitRoom(n int) error {
 	c.paused.Store(true)
 	defer c.paused.Store(false)
 	defer c.touch()
-	for deadline := c.now() + int64(messageTimeout); !c.partial.reserve(n); time.Sleep(roomPoll) {
+	for deadline := c.began + int64(messageTimeout); !c.partial.reserve(n); time.Sleep(roomPoll) {
 		if c.closing() != 0 || c.now() >= deadline {
 			return errNoRoom
 		}

@@ -103,7 +103,7 @@ func frameSeeds() []string {
 		`{"type":"ice","x":"\x"}`, "{\"type\":\"ice\",\"x\":\"\n\"}", "{\"type\":\"ice\"}\x00", "\ufeff{\"type\":\"ice\"}", "{\"type\":\"\xff\"}", "{\"type\":\"ice\",\"x\":\"\xed\xa0\x80\"}",
 		`{"type":"ice","x":` + nested("[", "]", 63) + `}`, `{"type":"ice","x":` + nested("[", "]", 64) + `}`,
 		nested(`{"x":`, `}`, 62) + `,"type":"ice"}`, `{"type":"ice","x":` + strings.Repeat(`{"x":`, 63) + "0" + strings.Repeat("}", 63) + `}`,
-		`{"type":"ice","x":"` + nested("[", "]", 100) + `\\\"` + nested("{", "}", 100) + `"}`, `{"type":"ice","x":[` + strings.Repeat("[],", 200) + `[]]}`,
+		`{"type":"ice","x":"` + nested("[", "]", 100) + `\\\"` + nested("{", "}", 100) + `"}`, `{"y":[[],{}],"type":"ice","x":` + nested("[", "]", 63) + `}`, `{"type":"ice","x":[` + strings.Repeat("[],", 200) + `[]]}`,
 	}
 }
 

@@ -619,12 +619,12 @@ func number(t *testing.T, p *process, series string) float64 {
 	return n
 }
 
-// falls waits until a series is 0.
-func falls(t *testing.T, p *process, series string, within time.Duration) {
+// falls waits until a series is at most so much.
+func falls(t *testing.T, p *process, series string, to float64, within time.Duration) {
 	t.Helper()
 	for deadline := time.Now().Add(within); ; time.Sleep(200 * time.Millisecond) {
 		n := number(t, p, series)
-		if n == 0 {
+		if n <= to {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -811,6 +811,15 @@ func TestLongHalfSentMessages(t *testing.T) {
 	a.text()
 
 	conns := make([]*rawWS, halfSent)
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer func() {
+		for _, c := range conns {
+			if c != nil {
+				c.Close()
+			}
+		}
+	}()
 	each(halfSent, func(i int) {
 		c, err := dialTCP(addr)
 		if err != nil {
@@ -830,17 +839,13 @@ func TestLongHalfSentMessages(t *testing.T) {
 	start := time.Now()
 	half := append(clientHeader(final|opText, 1<<20), make([]byte, 511<<10)...)
 	var sent, whole atomic.Int64
-	var sending sync.WaitGroup
 	for _, c := range conns {
 		sending.Go(func() {
-			defer c.Close()
-			c.SetWriteDeadline(start.Add(time.Minute))
 			n, err := c.Write(half)
 			sent.Add(int64(n))
 			if err == nil {
 				whole.Add(1)
 			}
-			c.closed() // the message is never whole: within half a minute
 		})
 	}
 	// Meanwhile a pair with ordinary frames goes on.
@@ -855,17 +860,16 @@ func TestLongHalfSentMessages(t *testing.T) {
 		slowest = max(slowest, time.Since(before))
 		time.Sleep(100 * time.Millisecond)
 	}
-	sending.Wait()
+	// The messages are never whole, and so their connections end. The server's word
+	// counts: a kernel short of memory for sockets may tell its clients late.
+	falls(t, p, "parley_ws_connections", 2, messageTimeout)
 	took := time.Since(start)
-	falls(t, p, "parley_mailbox_bytes", 10*time.Second)
+	falls(t, p, "parley_mailbox_bytes", 0, 10*time.Second)
 	w.stop()
 	t.Logf("%d MiB were taken of %d messages, %d as far as they went; the last ended after %v", sent.Load()>>20, halfSent, whole.Load(), took)
 	t.Logf("at most %.0f MiB resident, of %d; slowest /healthz %v, slowest frame of a bystander %v", w.most/(1<<20), halfSentResident>>20, w.slowest, slowest)
 	if w.most > halfSentResident {
 		t.Errorf("%.0f bytes resident, want at most %d", w.most, halfSentResident)
-	}
-	if took > messageTimeout+20*time.Second { // so many take their time
-		t.Errorf("the last half-sent message was dropped after %v", took)
 	}
 }
 
@@ -919,7 +923,7 @@ func TestLongAbandonedSessions(t *testing.T) {
 			}
 		}
 	})
-	falls(t, p, "parley_ws_connections", 10*time.Second)
+	falls(t, p, "parley_ws_connections", 0, 10*time.Second)
 	sessions, queued := number(t, p, "parley_sessions_active"), number(t, p, "parley_mailbox_bytes")
 	w.stop()
 	t.Logf("%v sessions were abandoned in %v: %.0f MiB resident at most, of %d; %.0f bytes each; slowest /healthz %v",
