@@ -16,7 +16,7 @@ assert.ok(server, "PARLEY_URL must name a running parley, such as http://127.0.0
 const wsBase = server.replace(/^http/, "ws") + "/ws";
 
 const NOTES = 1000; // each app sends this many
-const WINDOW = 64; // and at most this many ahead of what the other has heard
+const WINDOW = 32; // and at most this many ahead of what the other has heard: what a kill leaves unacknowledged adds up
 
 // meet lets two apps find each other as people do, by a code, and returns what
 // they then share.
