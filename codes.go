@@ -246,16 +246,8 @@ func (t *codeTable) Redeem(_ context.Context, code string) (sessionID, time.Time
 }
 
 func (t *codeTable) Run(ctx context.Context) error {
-	tick := time.NewTicker(janitorEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-			t.sweep()
-		}
-	}
+	every(ctx, janitorEvery, t.sweep)
+	return nil
 }
 
 // sweep reclaims all expired codes, a batch for each hold of the lock.

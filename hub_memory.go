@@ -21,9 +21,6 @@ const (
 	takeoverWindow = 10 * time.Second
 )
 
-// janitorEvery is the time between two passes over all sessions, or codes.
-const janitorEvery = 5 * time.Second
-
 // memoryShards is a power of two: enough that a pass over one shard of 100,000
 // sessions holds its lock for tens of microseconds.
 const memoryShards = 256
@@ -149,16 +146,8 @@ func (h *memoryHub) Ready(context.Context) error { return nil }
 
 // Run sweeps sessions that have ended by the clock.
 func (h *memoryHub) Run(ctx context.Context) error {
-	tick := time.NewTicker(janitorEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-			h.sweep(time.Now())
-		}
-	}
+	every(ctx, janitorEvery, func() { h.sweep(time.Now()) })
+	return nil
 }
 
 func (h *memoryHub) sweep(now time.Time) {

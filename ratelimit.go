@@ -42,16 +42,8 @@ func newLimits(cfg *config) limits {
 
 // run forgets addresses that hold nothing any more, until ctx is done.
 func (l limits) run(ctx context.Context) error {
-	tick := time.NewTicker(janitorEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-			l.codes.sweep()
-		}
-	}
+	every(ctx, janitorEvery, l.codes.sweep)
+	return nil
 }
 
 // A route is what calls are counted under; the label of a metric.

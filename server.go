@@ -347,3 +347,20 @@ func (s *server) run(ctx context.Context) {
 	}
 	tasks.Wait()
 }
+
+// janitorEvery is the time between two passes over what ends by the clock.
+const janitorEvery = 5 * time.Second
+
+// every calls f at an interval until ctx is done.
+func every(ctx context.Context, interval time.Duration, f func()) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			f()
+		}
+	}
+}
