@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto"
 	"errors"
 	"flag"
 	"fmt"
@@ -41,6 +42,19 @@ type config struct {
 	appIDs        string // any or minted
 	sessionTTL    time.Duration
 	resumeTTL     time.Duration
+
+	// Rooms, and who may open them and mint codes. At most one kind of key is set.
+	rooms            string // off, jwt or open
+	roomMaxTTL       time.Duration
+	roomEmptyTTL     time.Duration
+	mintAuth         string // none or jwt
+	jwtSecret        string
+	jwtPublicKeyFile string
+	jwtPublicKey     crypto.PublicKey // read from that
+	jwksURL          string
+	jwtIssuer        string // "" is any, as is an empty list of audiences
+	jwtAudience      []string
+	jwtUserClaim     string
 
 	// Connections.
 	heartbeat  time.Duration
@@ -123,6 +137,28 @@ func configOptions(c *config) []option {
 		{name: "RESUME_TTL", def: "60s", optionValue: durationOption(&c.resumeTTL, soon, month),
 			help: "how long a seat is kept for a client whose connection was lost"},
 
+		{name: "ROOMS", def: "off", optionValue: wordOption(&c.rooms, "off", "jwt", "open"),
+			help: "rooms: off; jwt, opened by whoever has a token, which is the default once a JWT key is set; or open, by anyone"},
+		{name: "ROOM_MAX_TTL", def: "24h", optionValue: durationOption(&c.roomMaxTTL, soon, 12*month),
+			help: "longest life of a room"},
+		{name: "ROOM_EMPTY_TTL", def: "5m", optionValue: durationOption(&c.roomEmptyTTL, soon, month),
+			help: "how long a room outlives the last one in it"},
+		{name: "MINT_AUTH", def: "none", optionValue: wordOption(&c.mintAuth, "none", "jwt"),
+			help: "who may mint codes: none is anyone, jwt whoever has a token"},
+		{name: "JWT_SECRET", secret: true, optionValue: stringOption(&c.jwtSecret),
+			help: "secret that tokens are signed with: HS256, HS384 or HS512; at least 32 bytes unless DEV=true"},
+		{name: "JWT_PUBLIC_KEY_FILE", optionValue: keyFileOption(&c.jwtPublicKeyFile, &c.jwtPublicKey),
+			help: "PEM file with the public key, or certificate, that tokens are checked with: RSA, ECDSA or Ed25519"},
+		{name: "JWT_JWKS_URL", optionValue: checkedOption(&c.jwksURL, checkJWKSURL),
+			help: "https URL of the set of public keys (JWKS) that tokens are checked with; it is read again every 15 minutes, and when a token names an unknown key"},
+		{name: "JWT_ISSUER", optionValue: stringOption(&c.jwtIssuer),
+			help: "issuer that a token must name; unset, any"},
+		{name: "JWT_AUDIENCE", optionValue: listOption(&c.jwtAudience,
+			func(a string) (string, error) { return a, nil }, func(a string) string { return a }),
+			help: "audiences, separated by commas, of which a token must name one; unset, any"},
+		{name: "JWT_USER_CLAIM", def: "user_id", optionValue: stringOption(&c.jwtUserClaim),
+			help: "claim that names the user; without it sub does"},
+
 		{name: "HEARTBEAT", def: "20s", optionValue: durationOption(&c.heartbeat, soon, time.Hour),
 			help: "interval of WebSocket pings; a connection silent for two of them is dropped"},
 		{name: "WS_MAX_MSG", def: "1048576", optionValue: sizeOption(&c.maxMessage, 1<<10, 64<<20),
@@ -172,12 +208,15 @@ func loadConfig(args []string, lookup func(string) (string, bool)) (*config, err
 	dev := devMode(found)
 	problems = append(problems, apply(table, found, dev)...)
 
-	// Two defaults depend on more than a column of the table.
+	// Three defaults depend on more than a column of the table.
 	c.dev = dev
+	if _, ok := found["ROOMS"]; !ok && len(jwtKeys(found)) > 0 {
+		c.rooms = "jwt"
+	}
 	if _, ok := found["CODE_DIGITS_MAX"]; !ok {
 		c.codeDigitsMax = max(c.codeDigitsMax, c.codeDigits)
 	}
-	problems = append(problems, c.contradictions()...)
+	problems = append(problems, c.contradictions(jwtKeys(found))...)
 	if len(problems) > 0 {
 		return nil, errors.Join(problems...)
 	}
@@ -185,8 +224,9 @@ func loadConfig(args []string, lookup func(string) (string, bool)) (*config, err
 }
 
 // contradictions finds values that are fine alone and not together. A value that was refused has
-// left its field zero, and a zero field contradicts nothing: one mistake is one problem.
-func (c *config) contradictions() []error {
+// left its field zero, and a zero field contradicts nothing: one mistake is one problem. keys are
+// the names of the keys to check tokens with that were given, refused or not.
+func (c *config) contradictions(keys []string) []error {
 	var problems []error
 	if c.environment == "production" && c.dev {
 		problems = append(problems, errors.New("ENVIRONMENT=production contradicts DEV=true: unset one of them"))
@@ -200,7 +240,33 @@ func (c *config) contradictions() []error {
 	if c.codeDigitsMax != 0 && c.codeDigitsMax < c.codeDigits {
 		problems = append(problems, fmt.Errorf("CODE_DIGITS_MAX must not be below CODE_DIGITS: %d is less than %d", c.codeDigitsMax, c.codeDigits))
 	}
+	if len(keys) > 1 {
+		problems = append(problems, fmt.Errorf("%s are given: keep one", strings.Join(keys, " and ")))
+	}
+	if c.rooms == "jwt" && len(keys) == 0 {
+		problems = append(problems, errors.New("ROOMS=jwt needs a key: JWT_SECRET, JWT_PUBLIC_KEY_FILE or JWT_JWKS_URL"))
+	}
+	if c.mintAuth == "jwt" && len(keys) == 0 {
+		problems = append(problems, errors.New("MINT_AUTH=jwt needs a key: JWT_SECRET, JWT_PUBLIC_KEY_FILE or JWT_JWKS_URL"))
+	}
+	if !c.dev && c.jwtSecret != "" && len(c.jwtSecret) < minJWTSecret {
+		problems = append(problems, fmt.Errorf("JWT_SECRET must have at least %d bytes unless DEV=true: this one, of %d, can be found by trying", minJWTSecret, len(c.jwtSecret)))
+	}
 	return problems
+}
+
+// minJWTSecret is the bytes that RFC 7518 section 3.2 asks of a secret for HS256.
+const minJWTSecret = 32
+
+// jwtKeys returns the names of the keys to check tokens with that were given.
+func jwtKeys(found map[string]finding) []string {
+	var names []string
+	for _, name := range []string{"JWT_SECRET", "JWT_PUBLIC_KEY_FILE", "JWT_JWKS_URL"} {
+		if _, ok := found[name]; ok {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // warnings lists what is allowed but seldom meant.
@@ -318,7 +384,6 @@ func gather(table []option, args []string, lookup func(string) (string, bool)) (
 				var err error
 				if f.text, err = readSecret(f.text); err != nil {
 					problems = append(problems, fmt.Errorf("%s %w", f.from, err))
-					continue
 				}
 			}
 			// A secret given both ways is refused without a look at the file: which one is meant?
@@ -413,9 +478,9 @@ func apply(table []option, found map[string]finding, dev bool) []error {
 			if !dev && o.prod != "" {
 				f.text = o.prod
 			}
-			if f.text == "" {
-				continue
-			}
+		}
+		if f.text == "" { // no default, or a secret that could not be read
+			continue
 		}
 		if err := o.set(f.text); err != nil {
 			problems = append(problems, errors.New(f.from+" "+o.mask(err.Error(), f.text)))
@@ -452,6 +517,14 @@ func checkedOption(field *string, check func(string) error) optionValue {
 	return parsedOption(field,
 		func(text string) (string, error) { return text, check(text) },
 		func(s string) string { return s })
+}
+
+// keyFileOption takes a PEM file and reads the public key in it.
+func keyFileOption(field *string, key *crypto.PublicKey) optionValue {
+	return checkedOption(field, func(file string) (err error) {
+		*key, err = readPublicKey(file)
+		return err
+	})
 }
 
 func boolOption(field *bool) optionValue {

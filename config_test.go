@@ -62,7 +62,12 @@ type optionCase struct {
 	bad       []string
 }
 
-func optionCases() []optionCase {
+func optionCases(t testing.TB) []optionCase {
+	keyFile := writePublicKey(t, newRSAKey(t).Public())
+	notKey := filepath.Join(t.TempDir(), "not-a-key.pem")
+	if err := os.WriteFile(notKey, []byte("no PEM"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	networks := func(cidrs ...string) (list []netip.Prefix) {
 		for _, cidr := range cidrs {
 			list = append(list, netip.MustParsePrefix(cidr))
@@ -110,6 +115,27 @@ func optionCases() []optionCase {
 			text: "10ms", want: 10 * time.Millisecond, bad: long},
 		{name: "RESUME_TTL", get: func(c *config) any { return c.resumeTTL }, dev: time.Minute, prod: time.Minute,
 			text: "5s", want: 5 * time.Second, bad: long},
+		{name: "ROOMS", get: func(c *config) any { return c.rooms }, dev: "off", prod: "off",
+			text: "Open", want: "open", bad: []string{"on", "true"}},
+		{name: "ROOM_MAX_TTL", get: func(c *config) any { return c.roomMaxTTL }, dev: 24 * time.Hour, prod: 24 * time.Hour,
+			text: "8640h", want: 8640 * time.Hour, bad: append([]string{"8641h"}, long[:7]...)},
+		{name: "ROOM_EMPTY_TTL", get: func(c *config) any { return c.roomEmptyTTL }, dev: 5 * time.Minute, prod: 5 * time.Minute,
+			text: "10ms", want: 10 * time.Millisecond, bad: long},
+		{name: "MINT_AUTH", get: func(c *config) any { return c.mintAuth }, dev: "none", prod: "none",
+			text: "JWT", want: "jwt", with: "JWT_SECRET=s", moves: "ROOMS", bad: []string{"off", "token"}},
+		{name: "JWT_SECRET", get: func(c *config) any { return c.jwtSecret }, dev: "", prod: "",
+			text: "not for keeping", want: "not for keeping", moves: "ROOMS"},
+		{name: "JWT_PUBLIC_KEY_FILE", get: func(c *config) any { return c.jwtPublicKeyFile }, dev: "", prod: "",
+			text: keyFile, want: keyFile, moves: "ROOMS", bad: []string{notKey, notKey + ".missing"}},
+		{name: "JWT_JWKS_URL", get: func(c *config) any { return c.jwksURL }, dev: "", prod: "",
+			text: "http://127.0.0.1:8080/keys", want: "http://127.0.0.1:8080/keys", moves: "ROOMS",
+			bad: []string{"http://keys.example", "keys.example", "ftp://a/b", "https://", "https:///a", "http://10.0.0.1/", "https://a b/"}},
+		{name: "JWT_ISSUER", get: func(c *config) any { return c.jwtIssuer }, dev: "", prod: "",
+			text: "https://login.example/", want: "https://login.example/"},
+		{name: "JWT_AUDIENCE", get: func(c *config) any { return c.jwtAudience }, dev: []string(nil), prod: []string(nil),
+			text: "games, files,", want: []string{"games", "files"}},
+		{name: "JWT_USER_CLAIM", get: func(c *config) any { return c.jwtUserClaim }, dev: "user_id", prod: "user_id",
+			text: "email", want: "email"},
 		{name: "HEARTBEAT", get: func(c *config) any { return c.heartbeat }, dev: 20 * time.Second, prod: 20 * time.Second,
 			text: "50ms", want: 50 * time.Millisecond, bad: append([]string{"2h"}, long...)},
 		{name: "WS_MAX_MSG", get: func(c *config) any { return c.maxMessage }, dev: 1 << 20, prod: 1 << 20,
@@ -151,7 +177,7 @@ func optionCases() []optionCase {
 }
 
 func TestOptions(t *testing.T) {
-	cases := optionCases()
+	cases := optionCases(t)
 	var tabled, tested []string
 	for _, o := range configOptions(new(config)) {
 		tabled = append(tabled, o.name)
@@ -205,7 +231,7 @@ func testOption(t *testing.T, tc optionCase, all []optionCase) {
 		}
 	}
 	if len(tc.bad) > 0 {
-		same("a good flag over a bad variable", tc.get(mustLoad(t, []string{flagged + "=" + tc.text}, tc.name+"="+tc.bad[0])), tc.want)
+		same("a good flag over a bad variable", tc.get(mustLoad(t, []string{flagged + "=" + tc.text}, tc.name+"="+tc.bad[0], tc.with)), tc.want)
 	}
 	same("an empty flag over a bad variable", tc.get(mustLoad(t, []string{flagged + "="}, tc.name+"=\x00")), tc.dev)
 }
@@ -289,6 +315,12 @@ func TestProblems(t *testing.T) {
 			want: []string{`"serve"`, "-prot is not a flag", "-room-ttls is not a flag", `"-"`, `"--"`, `"-=x"`, `"false"`, "-port (PORT) needs a value"}},
 		{name: "all entries of a list", env: []string{"TRUSTED_PROXIES=a,10.0.0.1,b"}, want: []string{`not "a"; it must list addresses or CIDRs such as 10.0.0.0/8, not "b"`}},
 		{name: "URL with a password", env: []string{"CORS_ORIGINS=https://me:s3cret@a.example"}, want: []string{`not "https://***@a.example": write "https://a.example"`}},
+		{name: "rooms without a key", env: []string{"ROOMS=jwt"}, want: []string{"ROOMS=jwt needs a key"}},
+		{name: "mint without a key", env: []string{"MINT_AUTH=jwt", "ROOMS=open"}, want: []string{"MINT_AUTH=jwt needs a key"}},
+		{name: "a key that is refused is a key", env: []string{"ROOMS=jwt", "MINT_AUTH=jwt", "JWT_JWKS_URL=nowhere"}, want: []string{"JWT_JWKS_URL must"}},
+		{name: "a key that cannot be read is a key", env: []string{"ROOMS=jwt", "JWT_SECRET_FILE=/missing/secret"}, want: []string{"JWT_SECRET_FILE cannot be read"}},
+		{name: "two keys", env: []string{"JWT_SECRET=s", "JWT_JWKS_URL=https://a.example/keys"}, want: []string{"JWT_SECRET and JWT_JWKS_URL are given: keep one"}},
+		{name: "a short secret", env: []string{"DEV=false", "JWT_SECRET=0123456789012345678901234567890"}, want: []string{"JWT_SECRET must have at least 32 bytes"}},
 		{name: "port in HOST", env: []string{"HOST=127.0.0.1:80"}, want: []string{"the port goes into PORT"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -348,7 +380,7 @@ func TestHelp(t *testing.T) {
 	var b strings.Builder
 	writeUsage(&b)
 	usage, table := b.String(), configTable()
-	for _, tc := range optionCases() {
+	for _, tc := range optionCases(t) {
 		flagged := "-" + strings.ReplaceAll(strings.ToLower(tc.name), "_", "-")
 		if !strings.Contains(usage, "  "+flagged+", "+tc.name) {
 			t.Errorf("-h lacks %s", tc.name)
@@ -557,7 +589,7 @@ func inRange(c *config) error {
 // given as an environment, are the same configuration again.
 func FuzzLoadConfig(f *testing.F) {
 	f.Add("", "")
-	for _, tc := range optionCases() {
+	for _, tc := range optionCases(f) {
 		f.Add(tc.name+"="+tc.text+"\n"+tc.with, "")
 		for _, bad := range tc.bad {
 			f.Add(tc.name+"="+bad, "-"+strings.ToLower(strings.ReplaceAll(tc.name, "_", "-"))+"\n"+tc.text)

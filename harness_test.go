@@ -154,6 +154,25 @@ func (ts *testServer) mint() (code, appID string) {
 	return a.Code, a.AppID
 }
 
+// A testRoom is the answer to opening a room.
+type testRoom struct {
+	RoomID, Code, OwnerToken string
+	ExpiresAt                time.Time
+}
+
+// openRoom opens a room.
+func (ts *testServer) openRoom(body string, headers ...string) (r testRoom) {
+	ts.t.Helper()
+	a := ts.call(http.MethodPost, "/api/rooms", body, headers...)
+	if a.status != http.StatusCreated {
+		ts.t.Fatalf("open a room: %d %s", a.status, a.text)
+	}
+	if err := json.Unmarshal([]byte(a.text), &r); err != nil {
+		ts.t.Fatal(err)
+	}
+	return r
+}
+
 // A wsClient is a WebSocket client that keeps everything it receives.
 type wsClient struct {
 	t    testing.TB
@@ -169,12 +188,25 @@ type wsClient struct {
 // A wsDial says how to open a WebSocket.
 type wsDial struct {
 	appID, side, sid string
+	room             string // ID or code: of a room, not a pair
+	name             string // to be shown in the room
+	password, resume string
 	v1               bool
 	from             string // source address
 	header           http.Header
 }
 
 func (d wsDial) url() string {
+	if d.room != "" {
+		q := url.Values{"displayName": {d.name}}
+		if d.password != "" {
+			q.Set("password", d.password)
+		}
+		if d.resume != "" {
+			q.Set("resume", d.resume)
+		}
+		return "ws://parley.test/ws/signal/" + url.PathEscape(d.room) + "?" + q.Encode()
+	}
 	q := url.Values{"appID": {d.appID}, "side": {d.side}}
 	if d.sid != "" {
 		q.Set("sid", d.sid)
@@ -213,7 +245,7 @@ func (ts *testServer) join(d wsDial) *wsClient {
 			b, _ := io.ReadAll(res.Body)
 			body = string(b)
 		}
-		ts.t.Fatalf("dial %s: %v %s", d.side, err, body)
+		ts.t.Fatalf("dial %s%s: %v %s", d.side, d.room, err, body)
 	}
 	return c
 }

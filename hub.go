@@ -17,9 +17,18 @@ import (
 //
 // docs/hub.md states what each method guarantees, and how Redis does it.
 type hub interface {
-	// Open creates a session that lives at least until m.Expires.
-	// Errors: errTaken, errCapacity.
+	// Open creates a session: a pair that lives at least until m.Expires, or a
+	// room that lives at most until then.
+	// Errors: errTaken (the ID, or the room's code), errCapacity, errTooMany.
 	Open(ctx context.Context, m meta) error
+	// Find returns the live room that has this code. Error: errGone.
+	Find(ctx context.Context, code string) (sessionID, error)
+	// Get returns what is known of a live session, and how many seats of it are
+	// taken, by someone who is connected or away. Error: errGone.
+	Get(ctx context.Context, id sessionID) (m meta, taken int, err error)
+	// Update changes a live room, all of it at once, and returns it as Get does.
+	// Nobody has to leave for it. Error: errGone.
+	Update(ctx context.Context, id sessionID, c change) (m meta, taken int, err error)
 	// End ends a session at once; whoever is connected is notified with why.
 	// Ending a session that is not there is no error.
 	End(ctx context.Context, id sessionID, why error) error
@@ -27,7 +36,8 @@ type hub interface {
 	// carry every later change and no earlier one. The hub calls notify without
 	// any lock held, from any goroutine, also before Join has returned: nil
 	// means "look, by Take", an error means "you are out, and why" and is final.
-	// Errors: errGone, errBusy, errTakeovers, errCapacity, errTooMany.
+	// Errors: errGone, errTakeovers; of a pair errBusy, errCapacity, errTooMany;
+	// of a room errWrongPassword, errLocked, errRoomFull.
 	Join(ctx context.Context, id sessionID, r joinRequest, notify func(error)) (seat, view, error)
 	// Tell puts a notice of the server itself before all who are connected.
 	Tell(ctx context.Context, id sessionID, e event) error
@@ -43,8 +53,13 @@ type hub interface {
 // connection. Take is called by one goroutine at a time, as are Post and
 // Flush; otherwise all methods may be called concurrently.
 type seat interface {
-	// Post puts f in the mailbox of the seat called to and owns f from then on.
-	// Frames of one kind from one seat arrive in the order they were posted.
+	// Post puts f in the mailbox of the seat called to, or, where that is empty,
+	// in that of the other seat of a pair, a relay frame in a room in those of
+	// all others, and owns f from then on. Frames of one kind from
+	// one seat arrive in the order they were posted. What goes to several is
+	// stored for each who can take it; an error is that of one who cannot. In a
+	// room, a connected seat that then has too much waiting is put out with
+	// errSlow and stays reserved.
 	// With hold the receiver need not be notified before the next Post without
 	// hold, or Flush, which the caller promises to call soon.
 	// Errors: errNoPeer, errPeerAbsent, errMailFull, errOverCapacity.
@@ -57,8 +72,9 @@ type seat interface {
 	// acknowledged. With noMail as after there is no mail in the answer. more
 	// says that there is more to take now; what comes later is notified.
 	Take(ctx context.Context, after uint64, budget int, buf []frame) (taken []frame, more bool, err error)
-	// Held reports whether this seat should not post relay frames for now,
-	// because the other has too much waiting. When that changes it is notified.
+	// Held reports whether this seat of a pair should not post relay frames for
+	// now, because the other has too much waiting. When that changes it is
+	// notified. In a room nobody waits for a slow reader.
 	Held(ctx context.Context) (bool, error)
 	// Ack trims this seat's mail up to the seq upTo. Error: errBeyond, when so
 	// high a seq has not been assigned yet.
@@ -82,40 +98,91 @@ type sessionID = uuid.UUID
 // The errors of a hub. Those of Join and Post are answers to a client, the
 // others also reasons given to notify.
 var (
-	errTaken        = errors.New("a session of this ID is open already")
-	errTooMany      = errors.New("this address holds as many sessions as it may")
-	errCapacity     = errors.New("the server holds as many sessions as it may")
-	errGone         = errors.New("the session is unknown or has expired")
-	errBusy         = errors.New("the seat is taken")
-	errTakeovers    = errors.New("the seat has been taken over too often")
-	errReplaced     = errors.New("another connection has taken the seat over")
-	errSlow         = errors.New("the connection is too slow a reader")
-	errNoPeer       = errors.New("the session has no such seat")
-	errPeerAbsent   = errors.New("the other seat is not connected, and as much as may wait for it is waiting")
-	errMailFull     = errors.New("the mailbox is full until its owner acknowledges what is in it")
-	errOverCapacity = errors.New("the server holds as many bytes for absent peers as it may")
-	errBeyond       = errors.New("so high a seq has not been assigned")
+	errTaken         = errors.New("a session of this ID, or a room of this code, is open already")
+	errTooMany       = errors.New("this address holds as many sessions as it may")
+	errCapacity      = errors.New("the server holds as many sessions as it may")
+	errGone          = errors.New("the session is unknown or has expired")
+	errBusy          = errors.New("the seat is taken")
+	errWrongPassword = errors.New("the room has another password")
+	errLocked        = errors.New("the room is locked")
+	errRoomFull      = errors.New("the room is full")
+	errTakeovers     = errors.New("the seat has been taken over too often")
+	errReplaced      = errors.New("another connection has taken the seat over")
+	errSlow          = errors.New("the connection is too slow a reader")
+	errNoPeer        = errors.New("the session has no such seat")
+	errPeerAbsent    = errors.New("the other seat is not connected, and as much as may wait for it is waiting")
+	errMailFull      = errors.New("the mailbox is full until its owner acknowledges what is in it")
+	errOverCapacity  = errors.New("the server holds as many bytes for absent peers as it may")
+	errBeyond        = errors.New("so high a seq has not been assigned")
 )
 
 // meta is what is known of a session besides its seats.
 type meta struct {
 	ID sessionID
-	// Expires is when its code expires; until then it lives without anyone in
-	// it. Zero for a session without a code.
+	// Expires is, of a pair, when its code expires; until then it lives without
+	// anyone in it. Zero for a pair without a code. Of a room it is when that
+	// ends, whoever is in it.
 	Expires time.Time
+	// Room is what makes it a room; nil for a pair. It is never changed, only
+	// replaced.
+	Room *roomMeta
+}
+
+// roomMeta is what is known of a room besides its seats.
+type roomMeta struct {
+	Code    string  // live rooms have different ones
+	Creator string  // who opened it, as a verifier knows them; or empty
+	Token   claim   // what else may change and delete the room; zero for nothing
+	Owner   network // to whom it counts
+	Created time.Time
+
+	Max      int // seats
+	Locked   bool
+	Password passwordHash // zero for none
+}
+
+// A change is what Update changes of a room; nil leaves it as it is.
+type change struct {
+	Max      *int
+	Locked   *bool
+	Password *passwordHash
+}
+
+// of returns the room with the change made.
+func (c change) of(room roomMeta) roomMeta {
+	if c.Max != nil {
+		room.Max = *c.Max
+	}
+	if c.Locked != nil {
+		room.Locked = *c.Locked
+	}
+	if c.Password != nil {
+		room.Password = *c.Password
+	}
+	return room
 }
 
 // A claim is the hash of the secret (sid) with which a client claims its seat.
 // The zero claim claims nothing.
 type claim [32]byte
 
-// A joinRequest asks for a seat.
+// A joinRequest asks for a seat. A pair has the seats A and B, and one that is
+// taken is only for whoever has its claim. A room has as many as may be, each
+// made for a newcomer with a name and a claim of its own.
 type joinRequest struct {
-	name   string // A or B
-	claim  claim
-	v      int     // version of the parley protocol the client speaks, 0 for none
+	name  string // A or B; in a room what a newcomer is to be called
+	claim claim
+	v     int // version of the parley protocol the client speaks, 0 for none
+
+	// Of a pair.
 	create bool    // create the session if there is none
 	owner  network // whose session it is then
+
+	// Of a room.
+	room        bool
+	resume      claim        // of the seat to come back to; password and lock do not matter then
+	displayName string       // of a newcomer
+	password    passwordHash // the room's that the client has shown to know, or zero
 }
 
 // presence says whether someone is in a seat.
@@ -136,6 +203,20 @@ type view struct {
 	resumed resumption
 	mail    bool // mail is waiting
 	held    bool // as of seat.Held
+	room    *roomView
+}
+
+// A roomView is what a connection sees of a room as it takes its seat.
+type roomView struct {
+	self    member
+	members []member // the others, connected or away, in the order they came
+	host    string
+}
+
+// A member is who holds a seat of a room.
+type member struct {
+	id          string // the seat's name
+	displayName string
 }
 
 // A resumption says how a connection came by a seat.
@@ -203,9 +284,9 @@ func (f *frame) keep() {
 type eventKind uint8
 
 const (
-	eventJoined    eventKind = iota // the other seat has a new connection
-	eventAway                       // the other seat is reserved for one who dropped
-	eventLeft                       // the other seat has become free
+	eventJoined    eventKind = iota // the other seat has a new connection; a room has a new member
+	eventAway                       // the other seat of a pair is reserved for one who dropped
+	eventLeft                       // the other seat has become free; a member has left the room
 	eventContested                  // someone redeemed this session's code again
 )
 
@@ -214,6 +295,14 @@ type event struct {
 	kind    eventKind
 	resumed bool // joined: by the claim that held the seat before
 	peerV   int  // joined: protocol version of the newcomer
+	room    *roomEvent
+}
+
+// A roomEvent is what rooms tell of a change besides: who came or left, and who
+// is the host since.
+type roomEvent struct {
+	member
+	host string
 }
 
 // A receipt says what became of a posted frame.
@@ -239,11 +328,12 @@ const (
 	dropOverCapacity                   // refused: MAX_QUEUED_BYTES
 	dropStale                          // its sender left before it was taken
 	dropExpired                        // its session ended before it was taken
+	dropPeerLeft                       // its receiver left before taking it
 	numDropReasons
 )
 
 func (r dropReason) String() string {
-	return [numDropReasons]string{"peer_absent", "mailbox_full", "over_capacity", "stale", "session_expired"}[r]
+	return [numDropReasons]string{"peer_absent", "mailbox_full", "over_capacity", "stale", "session_expired", "peer_left"}[r]
 }
 
 // A budget counts all bytes that wait in the process, in mailboxes and in

@@ -27,13 +27,14 @@ const memoryShards = 256
 
 // hubOptions are what a hub is told of the configuration.
 type hubOptions struct {
-	maxSessions int           // 0 for no limit
-	sessionTTL  time.Duration // how long mail outlives the last connection
-	resumeTTL   time.Duration // how long a claimed seat stays reserved
-	holdBytes   int           // what may wait for a connected seat before its sender is held back
-	queued      *budget
-	owners      *quota // sessions that were created by joining them
-	dropped     func(dropReason, int)
+	maxSessions  int           // 0 for no limit
+	sessionTTL   time.Duration // how long mail outlives the last connection
+	resumeTTL    time.Duration // how long a claimed seat stays reserved
+	roomEmptyTTL time.Duration // how long a room outlives the last one in it
+	holdBytes    int           // what may wait for a connected seat before its sender is held back
+	queued       *budget
+	owners       *quota // rooms, and pairs that were created by joining them
+	dropped      func(dropReason, int)
 }
 
 // memoryHub is a hub in this process's memory. Each session has its own lock;
@@ -44,8 +45,9 @@ type memoryHub struct {
 	hubOptions
 	seed   maphash.Seed // clients choose their IDs, and must not choose their shard
 	shards [memoryShards]memoryShard
+	codes  roomCodes
 
-	sessions atomic.Int64
+	sessions, rooms atomic.Int64 // how many there are
 }
 
 type memoryShard struct {
@@ -54,7 +56,7 @@ type memoryShard struct {
 }
 
 func newMemoryHub(o hubOptions) *memoryHub {
-	h := &memoryHub{hubOptions: o, seed: maphash.MakeSeed()}
+	h := &memoryHub{hubOptions: o, seed: maphash.MakeSeed(), codes: roomCodes{rooms: make(map[string]sessionID)}}
 	for i := range h.shards {
 		h.shards[i].sessions = make(map[sessionID]*memorySession)
 	}
@@ -65,28 +67,34 @@ func (h *memoryHub) shard(id sessionID) *memoryShard {
 	return &h.shards[maphash.Comparable(h.seed, id)%memoryShards]
 }
 
-// A memorySession is one session with up to two seats.
+// A memorySession is one session: a pair, or a room.
 type memorySession struct {
 	// static after construction
 	hub     *memoryHub
 	id      sessionID
 	created time.Time
-	owner   network // to whom it counts; not valid for one that has a code
+	owner   network // to whom it counts; not valid for a pair that has a code
+	expires time.Time
+	pair    [2]*memorySlot // where the seats of a pair are
 
 	mu sync.Mutex
 	// guarded by mu
 	ended    bool // no longer in the hub: whoever finds it looks again
-	expires  time.Time
 	lastLeft time.Time
-	bothAt   time.Time // when both seats were first connected
+	bothAt   time.Time // when two seats were first connected
 	outcomes outcome   // those reported
-	seats    [2]*memorySlot
+	room     *roomMeta // nil for a pair
+	// Of a pair A and B, each nil while there is nothing to know of it; of a room
+	// those that are taken, in the order they were.
+	seats []*memorySlot
 }
 
 // A memorySlot is a named seat with its mailbox, guarded by the session's mu.
 // It exists only while it is held, reserved, or has something to remember.
 type memorySlot struct {
-	name   string
+	name        string
+	displayName string // of a room's
+
 	holder *memorySeat // who is connected, or nil
 	v      int
 	claim  claim // zero when free or unclaimed
@@ -122,7 +130,6 @@ func (s *memorySlot) state() presence {
 type memorySeat struct {
 	session *memorySession
 	slot    *memorySlot
-	other   int // index of the other slot
 	notify  func(error)
 
 	corked nudge // what a held post left unsaid; belongs to the posting goroutine
@@ -137,6 +144,14 @@ type nudge struct {
 func (n nudge) send() {
 	if n.to != nil {
 		n.to.notify(n.err)
+	}
+}
+
+type nudges []nudge
+
+func (all nudges) send() {
+	for _, n := range all {
+		n.send()
 	}
 }
 
@@ -157,15 +172,17 @@ func (h *memoryHub) sweep(now time.Time) {
 }
 
 func (sh *memoryShard) sweep(now time.Time) {
+	var out nudges // of rooms that had their time
 	sh.mu.Lock()
-	defer sh.mu.Unlock()
 	for _, s := range sh.sessions {
 		s.mu.Lock()
 		if s.over(now) {
-			sh.end(s)
+			out = append(out, sh.end(s, errGone)...)
 		}
 		s.mu.Unlock()
 	}
+	sh.mu.Unlock()
+	out.send()
 }
 
 func (h *memoryHub) Open(_ context.Context, m meta) error {
@@ -175,7 +192,17 @@ func (h *memoryHub) Open(_ context.Context, m meta) error {
 	if sh.sessions[m.ID] != nil {
 		return errTaken
 	}
-	_, err := sh.open(h, m, network{})
+	if m.Room == nil {
+		_, err := sh.open(h, m, network{})
+		return err
+	}
+	if !h.codes.add(m.Room.Code, m.ID) {
+		return errTaken
+	}
+	_, err := sh.open(h, m, m.Room.Owner)
+	if err != nil {
+		h.codes.remove(m.Room.Code)
+	}
 	return err
 }
 
@@ -190,16 +217,31 @@ func (sh *memoryShard) open(h *memoryHub, m meta, owner network) (*memorySession
 		return nil, errCapacity
 	}
 	now := time.Now()
-	s := &memorySession{hub: h, id: m.ID, created: now, owner: owner, expires: m.Expires, lastLeft: now}
+	s := &memorySession{hub: h, id: m.ID, created: now, owner: owner, expires: m.Expires, lastLeft: now, room: m.Room}
+	if m.Room == nil {
+		s.seats = s.pair[:]
+	} else {
+		h.rooms.Add(1)
+	}
 	sh.sessions[m.ID] = s
 	return s, nil
 }
 
-func (h *memoryHub) find(id sessionID) *memorySession {
+// lock finds a live session and locks it, or returns nil.
+func (h *memoryHub) lock(id sessionID) *memorySession {
 	sh := h.shard(id)
 	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	return sh.sessions[id]
+	s := sh.sessions[id]
+	sh.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	if s.ended || s.over(time.Now()) { // the janitor ends it
+		s.mu.Unlock()
+		return nil
+	}
+	return s
 }
 
 func (h *memoryHub) End(_ context.Context, id sessionID, why error) error {
@@ -211,12 +253,10 @@ func (h *memoryHub) End(_ context.Context, id sessionID, why error) error {
 		return nil
 	}
 	s.mu.Lock()
-	connected := sh.end(s)
+	out := sh.end(s, why)
 	s.mu.Unlock()
 	sh.mu.Unlock()
-	for _, m := range connected {
-		m.notify(why)
-	}
+	out.send()
 	return nil
 }
 
@@ -224,35 +264,34 @@ func (h *memoryHub) End(_ context.Context, id sessionID, why error) error {
 func (h *memoryHub) endIfOver(s *memorySession) {
 	sh := h.shard(s.id)
 	sh.mu.Lock()
-	defer sh.mu.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	var out nudges
 	if !s.ended && s.over(time.Now()) {
-		sh.end(s)
+		out = sh.end(s, errGone)
 	}
+	s.mu.Unlock()
+	sh.mu.Unlock()
+	out.send()
 }
 
 func (h *memoryHub) Tell(_ context.Context, id sessionID, e event) error {
-	s := h.find(id)
+	s := h.lock(id)
 	if s == nil {
 		return errGone
 	}
-	var wake [2]nudge
-	s.mu.Lock()
-	for i, slot := range s.seats {
-		wake[i] = slot.announce(s.hub, e)
-	}
+	wake := s.announce(nil, e)
 	s.mu.Unlock()
-	for _, n := range wake {
-		n.send()
-	}
+	wake.send()
 	return nil
 }
 
-// over reports whether nothing holds the session at now: no code, nobody
-// connected or away, and nothing that waits for someone who may still come.
-// The caller holds mu.
+// over reports whether nothing holds a pair at now: no code, nobody connected
+// or away, and nothing that waits for someone who may still come; or whether a
+// room's time is up. The caller holds mu.
 func (s *memorySession) over(now time.Time) bool {
+	if s.room != nil {
+		return !now.Before(s.expires) || s.taken() == 0 && !now.Before(s.lastLeft.Add(s.hub.roomEmptyTTL))
+	}
 	waiting := false
 	for _, slot := range s.seats {
 		if slot.state() != absent {
@@ -266,35 +305,57 @@ func (s *memorySession) over(now time.Time) bool {
 	return !now.Before(s.expires)
 }
 
-// end empties a session, takes it out of the shard and returns who was
-// connected. The caller holds mu and the session's.
-func (sh *memoryShard) end(s *memorySession) (connected []*memorySeat) {
+// taken counts the seats that someone is in, or away from. The caller holds mu.
+func (s *memorySession) taken() int {
+	n := 0
+	for _, slot := range s.seats {
+		if slot.state() != absent {
+			n++
+		}
+	}
+	return n
+}
+
+// end empties a session, takes it out of the shard, and returns what to tell
+// who was connected. The caller holds mu and the session's.
+func (sh *memoryShard) end(s *memorySession, why error) (out nudges) {
+	h := s.hub
 	s.ended = true
 	delete(sh.sessions, s.id)
-	s.hub.sessions.Add(-1)
-	s.hub.owners.give(s.owner)
-	for i, slot := range s.seats {
+	h.sessions.Add(-1)
+	h.owners.give(s.owner)
+	if s.room != nil {
+		h.rooms.Add(-1)
+		h.codes.remove(s.room.Code)
+	}
+	for _, slot := range s.seats {
 		if slot == nil {
 			continue
 		}
 		if slot.holder != nil {
-			connected = append(connected, slot.holder)
+			out = append(out, nudge{slot.holder, why})
 			slot.holder = nil
 		}
 		slot.stopAway()
-		if n := len(slot.mail) + len(slot.queue) - slot.presence; n > 0 {
-			s.hub.dropped(dropExpired, n)
-		}
-		for j := range slot.queue {
-			slot.queue[j].release()
-		}
-		s.hub.queued.add(-slot.queueBytes - slot.mailBytes)
-		s.seats[i] = nil
+		slot.empty(h, dropExpired)
 	}
-	return connected
+	clear(s.seats)
+	return out
 }
 
-// seatIndex returns which of the two seats is called name, or -1.
+// empty drops all that waits for a slot, which nobody will come back to.
+func (s *memorySlot) empty(h *memoryHub, why dropReason) {
+	if n := len(s.mail) + len(s.queue) - s.presence; n > 0 {
+		h.dropped(why, n)
+	}
+	for i := range s.queue {
+		s.queue[i].release()
+	}
+	h.queued.add(-s.queueBytes - s.mailBytes)
+	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = nil, 0, 0, nil, 0
+}
+
+// seatIndex returns which of a pair's seats is called name, or -1.
 func seatIndex(name string) int {
 	switch name {
 	case "A":
@@ -313,7 +374,7 @@ func (s *memorySession) firstSeq() uint64 {
 	return uint64(max(s.created.Sub(epoch).Milliseconds(), 0))
 }
 
-// slot returns the slot at index i, created if need be. The caller holds mu.
+// slot returns a pair's slot at index i, created if need be. The caller holds mu.
 func (s *memorySession) slot(i int) *memorySlot {
 	if s.seats[i] == nil {
 		s.seats[i] = &memorySlot{name: string(rune('A' + i)), lastSeq: s.firstSeq()}
@@ -322,22 +383,20 @@ func (s *memorySession) slot(i int) *memorySlot {
 }
 
 func (h *memoryHub) Join(_ context.Context, id sessionID, r joinRequest, notify func(error)) (seat, view, error) {
-	i := seatIndex(r.name)
-	if i < 0 {
+	if !r.room && seatIndex(r.name) < 0 {
 		return nil, view{}, errNoPeer
 	}
-	m := &memorySeat{other: 1 - i, notify: notify}
-	v, replaced, wake, err := h.join(id, r, m)
+	m := &memorySeat{notify: notify}
+	v, wake, err := h.join(id, r, m)
+	wake.send()
 	if err != nil {
 		return nil, view{}, err
 	}
-	replaced.send()
-	wake.send()
 	return m, v, nil
 }
 
-// join seats m. It returns what to tell whom m replaced, and the other seat.
-func (h *memoryHub) join(id sessionID, r joinRequest, m *memorySeat) (v view, replaced, wake nudge, err error) {
+// join seats m. It returns what to tell whom m replaced, and the others.
+func (h *memoryHub) join(id sessionID, r joinRequest, m *memorySeat) (v view, wake nudges, err error) {
 	sh := h.shard(id)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
@@ -346,56 +405,81 @@ func (h *memoryHub) join(id sessionID, r joinRequest, m *memorySeat) (v view, re
 	if s != nil {
 		s.mu.Lock()
 		if s.over(now) { // the janitor has not been here yet
-			sh.end(s)
+			wake = sh.end(s, errGone)
 			s.mu.Unlock()
 			s = nil
 		}
 	}
 	if s == nil {
 		if !r.create {
-			return v, replaced, wake, errGone
+			return v, wake, errGone
 		}
 		if s, err = sh.open(h, meta{ID: id}, r.owner); err != nil {
-			return v, replaced, wake, err
+			return v, wake, err
 		}
 		s.mu.Lock()
 	}
 	defer s.mu.Unlock()
-	return s.join(r, m, now)
+	switch {
+	case r.room != (s.room != nil):
+		return v, wake, errGone
+	case r.room:
+		return s.joinRoom(r, m, now)
+	default:
+		return s.joinPair(r, m, now)
+	}
 }
 
-// join is the part of memoryHub.join with mu held.
-func (s *memorySession) join(r joinRequest, m *memorySeat, now time.Time) (v view, replaced, wake nudge, err error) {
-	slot, other := s.slot(1-m.other), s.seats[m.other]
-	if slot.state() != absent {
-		if slot.claim == (claim{}) || slot.claim != r.claim {
-			return v, replaced, wake, errBusy
-		}
-		if slot.holder != nil && !slot.mayTakeOver(now) {
-			return v, replaced, wake, errTakeovers
-		}
-		replaced = nudge{slot.holder, errReplaced}
-		if v.resumed = resumedBack; slot.holder != nil {
-			v.resumed = resumedTakeover
-		}
-		slot.stopAway()
-		slot.dropPresence(s.hub)
-	} else {
+// joinPair is the part of memoryHub.join for a pair, with mu held.
+func (s *memorySession) joinPair(r joinRequest, m *memorySeat, now time.Time) (v view, wake nudges, err error) {
+	i := seatIndex(r.name)
+	slot, other := s.slot(i), s.seats[1-i]
+	if slot.state() == absent {
 		slot.claim, slot.ids, slot.taken = r.claim, idLog{}, nil
+	} else {
+		if slot.claim == (claim{}) || slot.claim != r.claim {
+			return v, wake, errBusy
+		}
+		if v.resumed, wake, err = slot.resume(s.hub, now); err != nil {
+			return v, wake, err
+		}
 	}
 	m.session, m.slot = s, slot
 	slot.holder, slot.v = m, r.v
+	s.met(now)
 	v.mail, v.held = len(slot.mail) > 0, other.overfull(m)
 	if v.peer = other.state(); v.peer != absent {
 		v.peerV = other.v
 	}
-	if v.peer == present {
-		if s.bothAt.IsZero() {
-			s.bothAt = now
+	wake = append(wake, s.announce(slot, event{kind: eventJoined, resumed: v.resumed != resumedNot, peerV: r.v})...)
+	return v, wake, nil
+}
+
+// resume prepares a slot for another connection of who holds it, or is away.
+func (s *memorySlot) resume(h *memoryHub, now time.Time) (r resumption, wake nudges, err error) {
+	r = resumedBack
+	if s.holder != nil {
+		if !s.mayTakeOver(now) {
+			return resumedNot, nil, errTakeovers
 		}
-		wake = other.announce(s.hub, event{kind: eventJoined, resumed: v.resumed != resumedNot, peerV: r.v})
+		r, wake = resumedTakeover, nudges{{s.holder, errReplaced}}
 	}
-	return v, replaced, wake, nil
+	s.stopAway()
+	s.dropPresence(h)
+	return r, wake, nil
+}
+
+// met notes when two seats are connected for the first time. The caller holds mu.
+func (s *memorySession) met(now time.Time) {
+	connected := 0
+	for _, slot := range s.seats {
+		if slot.state() == present {
+			connected++
+		}
+	}
+	if connected >= 2 && s.bothAt.IsZero() {
+		s.bothAt = now
+	}
 }
 
 // mayTakeOver notes a takeover at now, unless there were too many.
@@ -421,12 +505,20 @@ func (s *memorySlot) stopAway() {
 	}
 }
 
-// announce queues a presence frame for whoever is connected to the slot, and
+// announce queues a presence frame for all who are connected, except to by's
+// seat, and returns the nudges to send. The caller holds mu.
+func (s *memorySession) announce(by *memorySlot, e event) (wake nudges) {
+	for _, slot := range s.seats {
+		if slot != nil && slot != by && slot.holder != nil {
+			wake = append(wake, slot.announce(s.hub, e))
+		}
+	}
+	return wake
+}
+
+// announce queues a presence frame for who is connected to the slot, and
 // returns the nudge to send. One who has not looked for very long is put out.
 func (s *memorySlot) announce(h *memoryHub, e event) nudge {
-	if s == nil || s.holder == nil {
-		return nudge{}
-	}
 	if s.presence >= maxPresence {
 		return nudge{s.holder, errSlow}
 	}
@@ -481,14 +573,21 @@ func (m *memorySeat) check() error {
 }
 
 func (m *memorySeat) Post(_ context.Context, to string, f frame, hold bool) (receipt, error) {
-	i := seatIndex(to)
-	if i < 0 {
-		f.release()
-		return receipt{}, errNoPeer
-	}
 	s := m.session
 	s.mu.Lock()
-	r, wake, err := m.post(i, f)
+	if err := m.check(); err != nil {
+		s.mu.Unlock()
+		f.release()
+		return receipt{}, err
+	}
+	f.from = m.slot.name
+	if to == "" && s.room != nil && f.kind == kindRelay {
+		wake, err := m.postAll(f)
+		s.mu.Unlock()
+		wake.send()
+		return receipt{}, err
+	}
+	r, wake, err := m.post(m.addressee(to), f)
 	s.mu.Unlock()
 	if err != nil {
 		return r, err
@@ -496,7 +595,7 @@ func (m *memorySeat) Post(_ context.Context, to string, f frame, hold bool) (rec
 	if m.corked != wake {
 		m.uncork()
 	}
-	if hold {
+	if hold && wake.err == nil {
 		m.corked = wake
 		return r, nil
 	}
@@ -513,25 +612,59 @@ func (m *memorySeat) uncork() {
 	n.send()
 }
 
-// post does the work of Post with mu held and returns the nudge to send.
-func (m *memorySeat) post(i int, f frame) (r receipt, wake nudge, err error) {
-	if err := m.check(); err != nil {
-		f.release()
-		return r, wake, err
+// addressee returns the slot that to means, or nil. The caller holds mu.
+func (m *memorySeat) addressee(to string) *memorySlot {
+	s := m.session
+	if s.room != nil {
+		return s.member(to, m.slot)
 	}
-	f.from = m.slot.name
-	slot := m.session.slot(i)
-	if f.kind == kindMail {
+	i := seatIndex(to)
+	if to == "" {
+		i = m.otherIndex()
+	}
+	if i < 0 {
+		return nil
+	}
+	return s.slot(i)
+}
+
+// otherIndex returns the index of the other seat of a pair.
+func (m *memorySeat) otherIndex() int { return 1 - seatIndex(m.slot.name) }
+
+// other returns the other seat of a pair; nil for none, and in a room. The
+// caller holds mu.
+func (m *memorySeat) other() *memorySlot {
+	if m.session.room != nil {
+		return nil
+	}
+	return m.session.seats[m.otherIndex()]
+}
+
+// post does the work of Post for one receiver, with mu held, and returns the
+// nudge to send.
+func (m *memorySeat) post(slot *memorySlot, f frame) (r receipt, wake nudge, err error) {
+	switch {
+	case slot == nil:
+		err = errNoPeer
+	case f.kind == kindMail:
 		r.seq, err = m.mail(slot, f)
-	} else {
+	default:
 		err = m.relay(slot, f)
 	}
 	if err != nil {
 		f.release()
 		return r, wake, err
 	}
-	r.held = slot.overfull(m)
-	return r, nudge{slot.holder, nil}, nil
+	wake.to = slot.holder
+	if slot.overfull(m) {
+		if m.session.room == nil {
+			r.held = true
+		} else {
+			wake.err = errSlow
+			m.session.putOut(slot)
+		}
+	}
+	return r, wake, nil
 }
 
 // relay queues a client's frame.
@@ -655,7 +788,7 @@ func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame,
 	}
 	if slot.holding && slot.queueBytes <= h.holdBytes/2 {
 		slot.holding = false
-		if other := m.session.seats[m.other]; other != nil {
+		if other := m.other(); other != nil {
 			wake.to = other.holder
 		}
 	}
@@ -669,7 +802,7 @@ func (m *memorySeat) Held(context.Context) (bool, error) {
 	if err := m.check(); err != nil {
 		return false, err
 	}
-	return s.seats[m.other].overfull(m), nil
+	return m.other().overfull(m), nil
 }
 
 // shift removes the first n frames of the queue.
@@ -729,22 +862,17 @@ func (m *memorySeat) Leave(_ context.Context, forGood bool) error {
 	s.mu.Lock()
 	if err := m.check(); err != nil {
 		s.mu.Unlock()
+		m.uncork() // what was accepted before
 		return err
 	}
 	slot := m.slot
-	slot.holder = nil
-	slot.dropPresence(s.hub)
-	for i := range slot.queue {
-		slot.queue[i].keep()
-	}
-	slot.holding = false
+	slot.vacate(s.hub)
 	s.lastLeft = time.Now()
-	var wake nudge
+	var wake nudges
 	if forGood || slot.claim == (claim{}) {
-		wake = s.free(m.other)
+		wake = s.free(slot)
 	} else {
-		s.reserve(slot, m.other)
-		wake = s.seats[m.other].announce(s.hub, event{kind: eventAway})
+		wake = s.reserve(slot)
 	}
 	s.mu.Unlock()
 	m.uncork()
@@ -753,16 +881,31 @@ func (m *memorySeat) Leave(_ context.Context, forGood bool) error {
 	return nil
 }
 
-// reserve keeps a slot for whoever claimed it, with mu held.
-func (s *memorySession) reserve(slot *memorySlot, other int) {
+// vacate takes the holder out of a slot. The caller holds the session's mu.
+func (s *memorySlot) vacate(h *memoryHub) {
+	s.holder = nil
+	s.dropPresence(h)
+	for i := range s.queue {
+		s.queue[i].keep()
+	}
+	s.holding = false
+}
+
+// reserve keeps a vacant slot for whoever claimed it, with mu held, and returns
+// whom to tell.
+func (s *memorySession) reserve(slot *memorySlot) nudges {
 	var t *time.Timer
-	t = time.AfterFunc(s.hub.resumeTTL, func() { s.reservationOver(slot, other, &t) })
+	t = time.AfterFunc(s.hub.resumeTTL, func() { s.reservationOver(slot, &t) })
 	slot.away = t
+	if s.room != nil {
+		return nil // whom nobody sees go, nobody sees return
+	}
+	return s.announce(slot, event{kind: eventAway})
 }
 
 // reservationOver frees a slot whose holder did not come back in time. timer
 // is the reservation's, and is read with mu held.
-func (s *memorySession) reservationOver(slot *memorySlot, other int, timer **time.Timer) {
+func (s *memorySession) reservationOver(slot *memorySlot, timer **time.Timer) {
 	s.mu.Lock()
 	if slot.away != *timer { // ended, or back just now
 		s.mu.Unlock()
@@ -770,32 +913,36 @@ func (s *memorySession) reservationOver(slot *memorySlot, other int, timer **tim
 	}
 	slot.stopAway()
 	s.lastLeft = time.Now()
-	wake := s.free(other)
+	wake := s.free(slot)
 	s.mu.Unlock()
 	wake.send()
 	s.hub.endIfOver(s)
 }
 
-// free makes the seat opposite to index other free, with mu held: what it left
-// waiting for an absent other is stale, one who is connected is told, by the
-// nudge it returns.
-func (s *memorySession) free(other int) (wake nudge) {
-	slot, peer := s.seats[1-other], s.seats[other]
-	slot.claim, slot.v, slot.taken = claim{}, 0, nil
-	if peer != nil && peer.holder == nil {
-		stale := peer.filter(s.hub, func(f *frame) bool { return f.from != slot.name })
-		if stale > 0 {
-			s.hub.dropped(dropStale, stale)
+// free makes a vacant slot free, with mu held: what it left waiting for whoever
+// is not connected is stale, those who are connected are told, by the nudges it
+// returns.
+func (s *memorySession) free(slot *memorySlot) (wake nudges) {
+	for _, peer := range s.seats {
+		if peer != nil && peer != slot && peer.holder == nil {
+			stale := peer.filter(s.hub, func(f *frame) bool { return f.from != slot.name })
+			if stale > 0 {
+				s.hub.dropped(dropStale, stale)
+			}
 		}
 	}
-	wake = peer.announce(s.hub, event{kind: eventLeft})
-	s.forget(1 - other)
-	s.forget(other)
+	if s.room != nil {
+		return s.remove(slot)
+	}
+	slot.claim, slot.v, slot.taken = claim{}, 0, nil
+	wake = s.announce(slot, event{kind: eventLeft})
+	s.forget(0)
+	s.forget(1)
 	return wake
 }
 
-// forget drops a slot that has nothing to remember, so that a finished session
-// whose code still lives is small.
+// forget drops a pair's slot that has nothing to remember, so that a finished
+// session whose code still lives is small.
 func (s *memorySession) forget(i int) {
 	slot := s.seats[i]
 	if slot != nil && slot.state() == absent && len(slot.queue) == 0 && slot.lastSeq == s.firstSeq() {

@@ -187,9 +187,11 @@ func newHubTest(t *testing.T, env hubEnv) *hubTest {
 	h.hubOptions = hubOptions{
 		sessionTTL: 10 * time.Minute,
 		resumeTTL:  time.Minute,
-		holdBytes:  1 << 20,
-		queued:     &budget{limit: 256 << 20},
-		owners:     newQuota(0),
+
+		roomEmptyTTL: 5 * time.Minute,
+		holdBytes:    1 << 20,
+		queued:       &budget{limit: 256 << 20},
+		owners:       newQuota(0),
 		dropped: func(r dropReason, n int) {
 			h.mu.Lock()
 			defer h.mu.Unlock()
@@ -654,7 +656,7 @@ func testSeatBusy(h *hubTest) {
 	if _, err := a.Post(ctx, "C", a.frame("to nobody"), false); !errors.Is(err, errNoPeer) {
 		h.Error("relay to a seat that cannot be:", err)
 	}
-	if _, err := a.Post(ctx, "", a.letter(1, "to nobody"), false); !errors.Is(err, errNoPeer) {
+	if _, err := a.Post(ctx, "a", a.letter(1, "to nobody"), false); !errors.Is(err, errNoPeer) {
 		h.Error("mail to a seat that cannot be:", err)
 	}
 }

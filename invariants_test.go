@@ -9,13 +9,16 @@ import (
 // save that half-received messages count as queued too.
 func (h *memoryHub) invariants() error {
 	var errs []error
-	sessions, queued := 0, 0
+	sessions, rooms, queued := 0, 0, 0
 	for i := range h.shards {
 		sh := &h.shards[i]
 		sh.mu.Lock()
 		for id, s := range sh.sessions {
 			sessions++
 			s.mu.Lock()
+			if s.room != nil {
+				rooms++
+			}
 			n, err := s.invariants()
 			if err != nil {
 				errs = append(errs, fmt.Errorf("session %s: %w", id, err))
@@ -28,6 +31,9 @@ func (h *memoryHub) invariants() error {
 		}
 		sh.mu.Unlock()
 	}
+	if n := h.rooms.Load(); n != int64(rooms) || len(h.codes.rooms) != rooms {
+		errs = append(errs, fmt.Errorf("%d rooms counted and %d codes, %d there", n, len(h.codes.rooms), rooms))
+	}
 	if n := h.sessions.Load(); n != int64(sessions) {
 		errs = append(errs, fmt.Errorf("%d sessions counted, %d there", n, sessions))
 	}
@@ -37,15 +43,35 @@ func (h *memoryHub) invariants() error {
 	return errors.Join(errs...)
 }
 
+// find returns the session, whether it is over by the clock or not.
+func (h *memoryHub) find(id sessionID) *memorySession {
+	sh := h.shard(id)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return sh.sessions[id]
+}
+
 func (s *memorySession) invariants() (queued int, err error) {
 	var errs []error
 	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if s.room != nil && len(s.seats) > maxPlayers {
+		fail("%d seats of a room", len(s.seats))
+	}
+	if s.room != nil && s.hub.codes.rooms[s.room.Code] != s.id {
+		fail("code %s leads elsewhere", s.room.Code)
+	}
 	for i, slot := range s.seats {
-		if slot == nil {
+		if slot == nil && s.room == nil {
 			continue
 		}
-		if want := string(rune('A' + i)); slot.name != want {
+		if want := string(rune('A' + i)); s.room == nil && slot.name != want {
 			fail("seat %d is called %s", i, slot.name)
+		}
+		if s.room != nil && slot.state() == absent {
+			fail("a seat of the room is kept for nobody")
+		}
+		if s.room != nil && (slot.claim == (claim{}) || s.claimed(slot.claim) != slot || s.member(slot.name, nil) != slot) {
+			fail("member %s cannot be told from another", slot.name)
 		}
 		if slot.holder != nil && (slot.holder.slot != slot || slot.holder.session != s) {
 			fail("seat %s is held by a stranger", slot.name)

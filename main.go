@@ -137,14 +137,17 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		maxSessions: cfg.maxSessions,
 		sessionTTL:  cfg.sessionTTL,
 		resumeTTL:   cfg.resumeTTL,
-		holdBytes:   max(1<<20, 2*cfg.maxMessage),
-		queued:      queued,
-		owners:      l.codes,
-		dropped:     m.drop,
+
+		roomEmptyTTL: cfg.roomEmptyTTL,
+		holdBytes:    max(1<<20, 2*cfg.maxMessage),
+		queued:       queued,
+		owners:       l.codes,
+		dropped:      m.drop,
 	})
 	m.watch(gauges{
 		codes:    table.stats,
 		sessions: func() int { return int(h.sessions.Load()) },
+		rooms:    func() int { return int(h.rooms.Load()) },
 		queued:   queued.used.Load,
 	})
 	return newServer(cfg, log, m, h, table, l, queued)

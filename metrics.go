@@ -92,10 +92,10 @@ func newMetrics() *metrics {
 	for _, r := range []redeemResult{redeemOK, redeemGone, redeemBad, redeemThrottled} {
 		m.redeems[r] = redeems.WithLabelValues(string(r))
 	}
-	m.throttled = counter("redeem_throttled_total", "Redeems refused because their address guessed wrong too often.")
+	m.throttled = counter("redeem_throttled_total", "Redeems, room codes and passwords refused because their address guessed wrong too often.")
 	rateLimited := counters("rate_limited_total", "Calls refused because their address calls too often.", "route")
 	m.rateLimited = map[route]prometheus.Counter{}
-	for _, r := range []route{routeCode, routeRedeem, routeWS} {
+	for _, r := range []route{routeCode, routeRedeem, routeRooms, routeWS, routeSignal} {
 		m.rateLimited[r] = rateLimited.WithLabelValues(string(r))
 	}
 	m.untrusted = counter("forwarded_untrusted_total", "Requests with forwarded headers from an address that is no trusted proxy.")
@@ -166,6 +166,7 @@ func pick(s map[string]prometheus.Counter, value string) prometheus.Counter {
 type gauges struct {
 	codes    func() (active, digits int)
 	sessions func() int
+	rooms    func() int
 	queued   func() int64 // bytes
 }
 
@@ -183,7 +184,8 @@ func (m *metrics) watch(g gauges) {
 		_, digits := g.codes()
 		return float64(digits)
 	})
-	gauge("sessions_active", "Sessions that are open.", func() float64 { return float64(g.sessions()) })
+	gauge("sessions_active", "Sessions that are open, rooms among them.", func() float64 { return float64(g.sessions()) })
+	gauge("rooms_active", "Rooms that are open.", func() float64 { return float64(g.rooms()) })
 	gauge("mailbox_bytes", "Bytes that wait in mailboxes and in half-received messages.", func() float64 { return float64(g.queued()) })
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
@@ -16,6 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/coder/websocket"
+	"github.com/golang-jwt/jwt/v5"
 	"github.com/google/uuid"
 )
 
@@ -101,6 +104,32 @@ func optionTests() map[string]func(*testing.T) {
 		return open
 	}
 
+	// keyTest opens a room with a token that is signed with key, and not without.
+	keyTest := func(setting string, method jwt.SigningMethod, key any) func(*testing.T) {
+		return func(t *testing.T) {
+			ts, _ := newLoopServer(t, setting)
+			status(t, "no token", ts.call(http.MethodPost, "/api/rooms", ""), http.StatusUnauthorized, "unauthorized")
+			token := "Authorization: Bearer " + signToken(t, method, key, goodClaims(), nil)
+			eventually(t, "a good token opens a room", func() bool {
+				return ts.call(http.MethodPost, "/api/rooms", "", token).status == http.StatusCreated
+			})
+		}
+	}
+	// claimTest expects that a token with one value of a claim is taken, with the other not.
+	claimTest := func(setting, claim, good, bad string) func(*testing.T) {
+		return bubbled(func(t *testing.T) {
+			ts := newTestServer(t, setting, "JWT_SECRET="+testSecret)
+			for value, want := range map[string]int{good: http.StatusCreated, bad: http.StatusUnauthorized} {
+				claims := goodClaims(with("user_id", nil), with(claim, value))
+				if claim != "email" {
+					claims["sub"] = "ada"
+				}
+				token := signToken(t, jwt.SigningMethodHS256, []byte(testSecret), claims, nil)
+				status(t, value, ts.call(http.MethodPost, "/api/rooms", "", "Authorization: Bearer "+token), want, "unauthorized")
+			}
+		})
+	}
+
 	return map[string]func(*testing.T){
 		"DEV":             both(originTest(http.StatusOK, "DEV=true"), originTest(http.StatusForbidden, "DEV=false")),
 		"ENVIRONMENT":     both(originTest(http.StatusOK, "ENVIRONMENT=development"), originTest(http.StatusForbidden, "ENVIRONMENT=production")),
@@ -128,6 +157,74 @@ func optionTests() map[string]func(*testing.T) {
 				t.Errorf("exit status %d\n%s", exit, stderr.String())
 			}
 		},
+		"ROOMS": bubbled(func(t *testing.T) {
+			key := "JWT_SECRET=" + testSecret
+			for _, tc := range []struct {
+				settings []string
+				want     int
+			}{
+				{nil, http.StatusNotFound},
+				{[]string{key, "ROOMS=off"}, http.StatusNotFound},
+				{[]string{"ROOMS=open"}, http.StatusCreated},
+				{[]string{key, "ROOMS=open"}, http.StatusCreated},
+				{[]string{key, "ROOMS=jwt"}, http.StatusUnauthorized},
+				{[]string{key}, http.StatusUnauthorized},
+			} {
+				ts := newTestServer(t, tc.settings...)
+				a := ts.call(http.MethodPost, "/api/rooms", "")
+				if a.status != tc.want {
+					t.Errorf("%q: %d %s, want %d", tc.settings, a.status, a.text, tc.want)
+				}
+				if _, res, err := ts.dial(wsDial{room: "ABCDEF"}); err == nil || res.StatusCode != http.StatusNotFound {
+					t.Errorf("%q: %v", tc.settings, res)
+				}
+			}
+		}),
+		"ROOM_MAX_TTL": bubbled(func(t *testing.T) {
+			ts := newTestServer(t, "ROOMS=open", "ROOM_MAX_TTL=1m")
+			r := ts.openRoom(`{"ttl":3600}`)
+			if got := time.Until(r.ExpiresAt).Round(time.Second); got != time.Minute {
+				t.Errorf("the room lives %v", got)
+			}
+			c := ts.join(wsDial{room: r.Code})
+			time.Sleep(time.Minute - time.Second)
+			if got := c.settled(); len(got) != 1 {
+				t.Errorf("received %q", got)
+			}
+			time.Sleep(time.Second + janitorEvery)
+			c.wantClosed(closeUnknown, "room_not_found")
+		}),
+		"ROOM_EMPTY_TTL": bubbled(func(t *testing.T) {
+			ts := newTestServer(t, "ROOMS=open", "ROOM_EMPTY_TTL=30s")
+			r := ts.openRoom("")
+			time.Sleep(29 * time.Second)
+			ts.join(wsDial{room: r.Code}).leave(websocket.StatusNormalClosure)
+			time.Sleep(29 * time.Second)
+			status(t, "before", ts.call(http.MethodGet, "/api/rooms/"+r.Code, ""), http.StatusOK, "")
+			time.Sleep(2 * time.Second)
+			status(t, "after", ts.call(http.MethodGet, "/api/rooms/"+r.Code, ""), http.StatusNotFound, "room_not_found")
+		}),
+		"MINT_AUTH": bubbled(func(t *testing.T) {
+			for mode, want := range map[string]int{"none": http.StatusOK, "jwt": http.StatusUnauthorized} {
+				ts := newTestServer(t, "JWT_SECRET="+testSecret, "MINT_AUTH="+mode)
+				status(t, mode+" without a token", mintFrom(ts), want, "unauthorized")
+				status(t, mode+" with a token", mintFrom(ts, "Authorization: Bearer "+tokenFor(t, "ada")), http.StatusOK, "")
+			}
+		}),
+		"JWT_SECRET": keyTest("JWT_SECRET="+testSecret, jwt.SigningMethodHS256, []byte(testSecret)),
+		"JWT_PUBLIC_KEY_FILE": func(t *testing.T) {
+			key := newRSAKey(t)
+			keyTest("JWT_PUBLIC_KEY_FILE="+writePublicKey(t, key.Public()), jwt.SigningMethodRS256, key)(t)
+		},
+		"JWT_JWKS_URL": func(t *testing.T) {
+			key, web := newRSAKey(t), newJWKSServer(t)
+			web.answer(http.StatusOK, jwks(t, map[string]crypto.PublicKey{"k": key.Public()}))
+			keyTest("JWT_JWKS_URL="+web.URL, jwt.SigningMethodRS256, key)(t)
+		},
+		"JWT_ISSUER":     claimTest("JWT_ISSUER=us", "iss", "us", "them"),
+		"JWT_AUDIENCE":   claimTest("JWT_AUDIENCE=games", "aud", "games", "mail"),
+		"JWT_USER_CLAIM": claimTest("JWT_USER_CLAIM=email", "email", "a@b", ""),
+
 		"LOG_LEVEL": func(t *testing.T) {
 			for level, want := range map[string]int{"debug": 4, "info": 3, "warn": 2, "error": 1} {
 				var out bytes.Buffer

@@ -12,6 +12,8 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
+// # Pairs
+//
 // The pair protocol, as it is spoken on GET /ws?appID=<uuid>&side=A|B[&sid=…].
 //
 // Two clients that know one session's appID take its seats A and B. Each
@@ -70,7 +72,42 @@ import (
 //   - peer_away: the other seat's connection was lost, and its holder may return.
 //   - code_contested: someone redeemed this session's code a second time.
 //
-// A frame that is not understood is answered with an error and otherwise
+// # Rooms
+//
+// The room protocol, as it is spoken on GET /ws/signal/{id or code}: up to 16
+// clients, each with an ID that the server gives it.
+//
+//	host                      server                       guest
+//	│ ── GET /ws/signal/… ────▶ │                             │
+//	│ ◀── join, peers [] ────── │                             │
+//	│                           │ ◀──── GET /ws/signal/… ──── │
+//	│                           │ ─── join, peers [host] ───▶ │
+//	│ ◀──────── join, guest ─── │                             │
+//	│ ◀──── offer from guest ── │ ◀──────── offer to host ─── │
+//	│ ── answer to guest ─────▶ │ ──── answer from host ────▶ │
+//	│ (closes with 1000)        │ ──── leave, host guest ───▶ │
+//
+// From a client:
+//
+//   - offer, answer, candidate {to?, payload}: for the peer called to, by
+//     default for everyone else. The server writes the frame anew, with who it
+//     is from, and passes the payload on byte for byte.
+//   - ping and telemetry as in a pair.
+//
+// From the server:
+//
+//   - join {from, roomId, displayName, peers, host, resume}: the first frame;
+//     who you are, who else is in the room, and the secret to come back with.
+//     Without peers: somebody else has joined.
+//   - leave {from, roomId, host}: somebody has left; host is who is it now, the
+//     one who has been in the room the longest.
+//   - offer, answer, candidate {from, to?, roomId, payload}.
+//   - pong and error as in a pair.
+//
+// A member whose connection was lost comes back with ?resume= and the secret:
+// under the same ID, unseen by the others, and to what was sent to it meanwhile.
+//
+// In both, a frame that is not understood is answered with an error and otherwise
 // ignored: the connection stays up. Only bad UTF-8 in a text message ends it,
 // as RFC 6455 section 8.1 asks.
 
@@ -92,6 +129,7 @@ const (
 	typeIce
 	typeSenderReady
 	typeBye
+	typeCandidate
 	typeSend
 	typeHello
 	typeDelivered
@@ -107,20 +145,38 @@ const (
 	typePeerJoined
 	typePeerAway
 	typeCodeContested
+	typeJoin
+	typeLeave
 	numFrameTypes
 )
 
 func (t frameType) String() string {
 	return [numFrameTypes]string{
-		otherLabel, "offer", "answer", "ice", "sender_ready", "bye",
+		otherLabel, "offer", "answer", "ice", "sender_ready", "bye", "candidate",
 		"send", "hello", "delivered", "ping", "telemetry",
 		"deliver", "queued", "room_full", "peer_left", "pong", "error",
 		"welcome", "peer_joined", "peer_away", "code_contested",
+		"join", "leave",
 	}[t]
 }
 
-// relayed reports whether the frame goes to the other seat as it is.
-func (t frameType) relayed() bool { return typeOffer <= t && t <= typeBye }
+// relayed reports whether the frame is for a peer: in a pair it goes to the
+// other seat as it is, in a room its payload does.
+func (t frameType) relayed() bool { return typeOffer <= t && t <= typeCandidate }
+
+// ofPair reports whether the client of a pair may send the type.
+func (t frameType) ofPair() bool {
+	return typeOffer <= t && t <= typeTelemetry && t != typeCandidate
+}
+
+// ofRoom reports whether the client of a room may send the type.
+func (t frameType) ofRoom() bool {
+	switch t {
+	case typeOffer, typeAnswer, typeCandidate, typePing, typeTelemetry:
+		return true
+	}
+	return false
+}
 
 // clientType returns the type a client means by name, or typeUnknown.
 func clientType(name []byte) frameType {
@@ -135,6 +191,8 @@ func clientType(name []byte) frameType {
 		return typeSenderReady
 	case "bye":
 		return typeBye
+	case "candidate":
+		return typeCandidate
 	case "send":
 		return typeSend
 	case "hello":
@@ -167,14 +225,18 @@ const (
 	closeCapacity  closeCode = 4413
 	closeTooMany   closeCode = 4429
 	closeReplaced  closeCode = 4500
-	closeUnknown   closeCode = 4504 // the session is unknown or has expired
+	closeForbidden closeCode = 4503 // wrong password, or the room is locked
+	closeUnknown   closeCode = 4504 // the session or room is unknown or has expired
+	closeRoomFull  closeCode = 4509
+	closeDeleted   closeCode = 4510 // the room was deleted
 )
 
 // closeCodes lists those that closes are counted under; the rest is "other".
 func closeCodes() []closeCode {
 	return []closeCode{
 		closeNormal, closeGoingAway, closeProtocol, closeAbnormal, closeBadUTF8, closeBusy,
-		closeTooBig, closeInternal, closeSlow, closeCapacity, closeTooMany, closeReplaced, closeUnknown,
+		closeTooBig, closeInternal, closeSlow, closeCapacity, closeTooMany, closeReplaced,
+		closeForbidden, closeUnknown, closeRoomFull, closeDeleted,
 	}
 }
 
@@ -464,6 +526,62 @@ func appendPeerV(dst []byte, v int) []byte {
 		return dst
 	}
 	return strconv.AppendInt(append(dst, `,"peerV":`...), int64(v), 10)
+}
+
+// appendRoomWelcome appends the first frame of a room's connection. secret is
+// what the client may resume with.
+func appendRoomWelcome(dst []byte, room string, v *roomView, secret string) []byte {
+	dst = appendRoomHead(dst, typeJoin, v.self.id, room)
+	dst, _ = jsontext.AppendQuote(append(dst, `,"displayName":`...), v.self.displayName)
+	dst = append(dst, `,"peers":[`...)
+	for i, m := range v.members {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = append(append(dst, `{"id":"`...), m.id...)
+		dst, _ = jsontext.AppendQuote(append(dst, `","displayName":`...), m.displayName)
+		dst = append(dst, '}')
+	}
+	dst = append(append(dst, `],"host":"`...), v.host...)
+	dst = append(append(dst, `","resume":"`...), secret...)
+	return append(dst, `"}`...)
+}
+
+// appendJoin appends the frame that tells of a new member.
+func appendJoin(dst []byte, room string, m member) []byte {
+	dst = appendRoomHead(dst, typeJoin, m.id, room)
+	dst, _ = jsontext.AppendQuote(append(dst, `,"displayName":`...), m.displayName)
+	return append(dst, '}')
+}
+
+// appendLeave appends the frame that tells who has left.
+func appendLeave(dst []byte, room string, e *roomEvent) []byte {
+	dst = appendRoomHead(dst, typeLeave, e.id, room)
+	dst = append(append(dst, `,"host":"`...), e.host...)
+	return append(dst, `"}`...)
+}
+
+// maxSignalHead is what a member's frame is longer than its payload, at most.
+const maxSignalHead = 192
+
+// appendSignal appends a member's frame as the others get it; to is "" when it
+// is for all of them.
+func appendSignal(dst []byte, t frameType, from, to, room string, payload []byte) []byte {
+	dst = appendRoomHead(dst, t, from, room)
+	if to != "" {
+		dst = append(append(append(dst, `,"to":"`...), to...), '"')
+	}
+	dst = append(append(dst, `,"payload":`...), payload...)
+	return append(dst, '}')
+}
+
+// appendRoomHead appends the beginning of every frame of a room. IDs need no
+// escaping.
+func appendRoomHead(dst []byte, t frameType, from, room string) []byte {
+	dst = append(append(dst, `{"type":"`...), t.String()...)
+	dst = append(append(dst, `","from":"`...), from...)
+	dst = append(append(dst, `","roomId":"`...), room...)
+	return append(dst, '"')
 }
 
 // appendPong appends the answer to a ping; t is JSON text or nil.

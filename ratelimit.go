@@ -21,7 +21,7 @@ type limits struct {
 	failures *slidingCount // redeems that failed, from everywhere
 	conns    int           // 0 for no limit
 	perIP    *quota        // of connections
-	codes    *quota        // of codes, and, where any ID may be joined, sessions
+	codes    *quota        // of codes, rooms, and, where any ID may be joined, sessions
 }
 
 func newLimits(cfg *config) limits {
@@ -52,7 +52,9 @@ type route string
 const (
 	routeCode   route = "code"
 	routeRedeem route = "redeem"
+	routeRooms  route = "rooms"
 	routeWS     route = "ws"
+	routeSignal route = "signal"
 )
 
 // limitRate refuses a call that comes too soon.

@@ -15,7 +15,16 @@ import (
 
 // mintCode is POST /rendezvous/code.
 func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) error {
-	ttl, err := s.mintTTL(w, r)
+	if s.cfg.mintAuth == "jwt" {
+		if _, err := s.authenticate(r); err != nil {
+			return err
+		}
+	}
+	object, err := readObject(w, r)
+	if err != nil {
+		return err
+	}
+	ttl, err := readTTL(object, s.cfg.roomTTL)
 	if err != nil {
 		return err
 	}
@@ -53,23 +62,20 @@ func (s *server) mint(ctx context.Context, ttl time.Duration) (id sessionID, cod
 	return id, code, expires, err
 }
 
-// mintTTL reads how long the caller wants a code to live.
-func (s *server) mintTTL(w http.ResponseWriter, r *http.Request) (time.Duration, error) {
-	object, err := readObject(w, r)
-	if err != nil {
-		return 0, err
-	}
+// readTTL reads how long the caller wants a code or a room to live, at most
+// longest, which is also the default.
+func readTTL(object map[string]json.RawMessage, longest time.Duration) (time.Duration, error) {
 	raw, ok := object["ttl"]
 	if !ok || string(raw) == "null" {
-		return s.cfg.roomTTL, nil
+		return longest, nil
 	}
 	// Of JSON values only numbers parse; one too large for a float is infinite.
 	seconds, err := strconv.ParseFloat(string(raw), 64)
 	if err != nil && !errors.Is(err, strconv.ErrRange) || seconds <= 0 {
 		return 0, badRequest("bad_ttl", "ttl must be a positive number of seconds")
 	}
-	if seconds >= s.cfg.roomTTL.Seconds() {
-		return s.cfg.roomTTL, nil
+	if seconds >= longest.Seconds() {
+		return longest, nil
 	}
 	return max(time.Duration(seconds*float64(time.Second)), time.Millisecond), nil
 }
@@ -84,12 +90,10 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 	if s.draining.Load() {
 		return errDraining
 	}
-	done, retryAfter := s.limits.guesses.begin(c.network, code)
-	if done == nil {
-		s.metrics.throttled.Inc()
+	done, err := s.beginGuess(c, code)
+	if err != nil {
 		s.metrics.redeems[redeemThrottled].Inc()
-		return &apiError{status: http.StatusTooManyRequests, code: "too_many_attempts",
-			text: "this address has tried too many wrong codes", retryAfter: retryAfter}
+		return err
 	}
 	id, expires, err := s.codes.Redeem(r.Context(), code)
 	wrong := errors.Is(err, errCodeGone) || errors.Is(err, errCodeUsed)
@@ -114,6 +118,18 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 		ExpiresAt string `json:"expiresAt"`
 	}{id.String(), timestamp(expires)})
 	return nil
+}
+
+// beginGuess asks whether the caller may guess, as guessBudget.begin does: a
+// code, a room's code or its password.
+func (s *server) beginGuess(c caller, guess string) (done func(wrong bool) (counted bool), err error) {
+	done, retryAfter := s.limits.guesses.begin(c.network, guess)
+	if done == nil {
+		s.metrics.throttled.Inc()
+		return nil, &apiError{status: http.StatusTooManyRequests, code: "too_many_attempts",
+			text: "this address has guessed wrong too often", retryAfter: retryAfter, closeCode: closeTooMany}
+	}
+	return done, nil
 }
 
 // redeemRequest reads the code that a caller wants to redeem.

@@ -34,6 +34,10 @@ type server struct {
 	callers  *callerPolicy
 	cors     *cors.Cors
 	limits   limits
+	// verifier is nil where nothing asks for tokens.
+	verifier   verifier
+	passwords  *passwords
+	background []func(context.Context) error // runs until the server stops
 	connOptions
 
 	clients  clientSet
@@ -41,12 +45,17 @@ type server struct {
 }
 
 func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limits, queued *budget) *server {
+	verifier, keys := newVerifier(cfg, log)
 	s := &server{
 		cfg: cfg, log: log, hub: h, codes: c, metrics: m,
 		decoders: newFrameDecoderPool(),
 		version:  buildVersion(),
 		callers:  newCallerPolicy(cfg, log, m.untrusted),
 		limits:   l,
+
+		verifier:   verifier,
+		passwords:  newPasswords(),
+		background: []func(context.Context) error{h.Run, c.Run, l.run},
 		connOptions: connOptions{
 			heartbeat:  cfg.heartbeat,
 			maxMessage: cfg.maxMessage,
@@ -62,11 +71,14 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		},
 		clients: clientSet{max: l.conns, all: make(map[*client]struct{})},
 	}
+	if keys != nil {
+		s.background = append(s.background, keys)
+	}
 	s.cors = cors.New(cors.Options{
 		AllowOriginVaryRequestFunc: func(r *http.Request, _ string) (bool, []string) { return s.callers.originAllowed(r), nil },
 		AllowedMethods:             []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete},
 		AllowedHeaders:             []string{"Content-Type", "Authorization"},
-		ExposedHeaders:             []string{"Retry-After"},
+		ExposedHeaders:             []string{"Retry-After", "WWW-Authenticate"},
 		MaxAge:                     600,
 	})
 	return s
@@ -82,11 +94,19 @@ func (s *server) handler() http.Handler {
 	route("/healthz", endpoint{methods: methods{http.MethodGet: s.healthz}})
 	route("/readyz", endpoint{methods: methods{http.MethodGet: s.readyz}})
 	route("/version", endpoint{methods: methods{http.MethodGet: s.serveVersion}})
+	if s.cfg.rooms != "off" {
+		route("/api/rooms", endpoint{limit: routeRooms, methods: methods{http.MethodPost: s.createRoom}})
+		route("/api/rooms/{room}", endpoint{limit: routeRooms, methods: methods{
+			http.MethodGet: s.getRoom, http.MethodPatch: s.changeRoom, http.MethodDelete: s.deleteRoom}})
+	}
 	if s.cfg.metricsAddr == "" {
 		route(s.cfg.metricsRoute, s.metricsEndpoint())
 	}
-	// Browsers do not ask before they open a WebSocket: serveWS checks the origin.
+	// Browsers do not ask before they open a WebSocket: connect checks the origin.
 	mux.Handle("/ws", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveWS}}))
+	if s.cfg.rooms != "off" {
+		mux.Handle("/ws/signal/{room}", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveSignal}}))
+	}
 	return s.exactly(mux)
 }
 
@@ -235,6 +255,9 @@ func toAPIError(err error) *apiError {
 	if e, ok := errors.AsType[*exhaustedError](err); ok {
 		return &apiError{status: http.StatusServiceUnavailable, code: "codes_exhausted", text: err.Error(), retryAfter: e.retryAfter}
 	}
+	if e, ok := errors.AsType[*tokenError](err); ok {
+		return &apiError{status: http.StatusUnauthorized, code: "unauthorized", text: e.text}
+	}
 	switch {
 	case errors.Is(err, errGone):
 		return &apiError{status: http.StatusNotFound, code: "unknown_session", text: err.Error(), closeCode: closeUnknown}
@@ -250,6 +273,14 @@ func toAPIError(err error) *apiError {
 		return &apiError{status: http.StatusTooManyRequests, code: "too_many_takeovers", text: err.Error(), closeCode: closeTooMany, closeReason: "too_many_takeovers"}
 	case errors.Is(err, errReplaced):
 		return &apiError{status: http.StatusConflict, code: "taken_over", text: err.Error(), closeCode: closeReplaced}
+	case errors.Is(err, errWrongPassword):
+		return &apiError{status: http.StatusForbidden, code: "wrong_password", text: err.Error(), closeCode: closeForbidden}
+	case errors.Is(err, errLocked):
+		return &apiError{status: http.StatusForbidden, code: "room_locked", text: err.Error(), closeCode: closeForbidden}
+	case errors.Is(err, errRoomFull):
+		return &apiError{status: http.StatusConflict, code: "room_is_full", text: err.Error(), closeCode: closeRoomFull}
+	case errors.Is(err, errRoomDeleted):
+		return &apiError{status: http.StatusNotFound, code: "room_deleted", text: err.Error(), closeCode: closeDeleted}
 	case errors.Is(err, errSlow):
 		return &apiError{status: http.StatusTooManyRequests, code: "too_slow", text: err.Error(), closeCode: closeSlow}
 	case errors.Is(err, errCodeGone), errors.Is(err, errCodeUsed):
@@ -265,6 +296,9 @@ func (s *server) writeError(w http.ResponseWriter, err error) {
 	if e.status == http.StatusUpgradeRequired { // RFC 9110 section 15.5.22
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Connection", "Upgrade")
+	}
+	if e.status == http.StatusUnauthorized { // RFC 6750 section 3
+		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	if e.status == http.StatusTooManyRequests || e.status == http.StatusServiceUnavailable {
 		wait := cmp.Or(e.retryAfter, retrySoon)
@@ -338,7 +372,7 @@ func (s *server) serveVersion(w http.ResponseWriter, _ *http.Request, _ caller) 
 // run does the background work until ctx is done.
 func (s *server) run(ctx context.Context) {
 	var tasks sync.WaitGroup
-	for _, task := range []func(context.Context) error{s.hub.Run, s.codes.Run, s.limits.run} {
+	for _, task := range s.background {
 		tasks.Go(func() {
 			if err := task(ctx); err != nil {
 				s.log.Error("background work ended", "error", err)

@@ -26,6 +26,7 @@ type client struct {
 	srv  *server
 	seat seat // nil for one that is only told why it is refused
 	side string
+	room *roomSeat // nil in a pair
 	v1   bool
 
 	network network // whose connection it is
@@ -48,13 +49,23 @@ const (
 	errorRate  = 20
 )
 
-// serveWS is GET /ws: it checks the request, takes the seat, and only then
-// upgrades, so that most refusals are HTTP.
+// serveWS is GET /ws.
 func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) error {
 	id, join, err := s.seatRequest(r)
 	if err != nil {
 		return err
 	}
+	join.owner = from.network
+	c := &client{side: join.name}
+	return s.connect(w, r, from, routeWS, c, func() (seat, view, error) {
+		join.v = c.version()
+		return s.hub.Join(r.Context(), id, join, c.notify)
+	})
+}
+
+// connect checks a request for a WebSocket, takes a seat by join, and only then
+// upgrades, so that most refusals are HTTP.
+func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, limit route, c *client, join func() (seat, view, error)) error {
 	if !s.callers.originAllowed(r) {
 		return errForbiddenOrigin
 	}
@@ -62,10 +73,10 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 	if err != nil {
 		return err
 	}
-	if err := s.limitRate(s.limits.ws, from, routeWS); err != nil {
+	if err := s.limitRate(s.limits.ws, from, limit); err != nil {
 		return err
 	}
-	c := &client{srv: s, side: join.name, v1: v1, network: from.network}
+	c.srv, c.v1, c.network = s, v1, from.network
 	c.connOptions, c.src = &s.connOptions, c
 	if n := s.cfg.wsFramesPerSec; n > 0 {
 		c.frames = rate.NewLimiter(rate.Limit(n), n)
@@ -75,11 +86,7 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 	} else if err != nil {
 		return err
 	}
-	join.owner = from.network
-	if v1 {
-		join.v = 1
-	}
-	seat, view, err := s.hub.Join(r.Context(), id, join, c.notify)
+	seat, view, err := join()
 	if errors.Is(err, errTakeovers) {
 		s.metrics.resumes[resumeRefused].Inc()
 	}
@@ -88,12 +95,22 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 	}
 	c.seat = seat
 	if err := c.accept(w, r, subprotocol(v1)); err != nil {
-		seat.Leave(context.WithoutCancel(r.Context()), false)
+		// A newcomer to a room has not learned how to come back.
+		newcomer := c.room != nil && view.resumed == resumedNot
+		seat.Leave(context.WithoutCancel(r.Context()), newcomer)
 		s.release(c)
 		return nil // the library has answered
 	}
 	c.attach(view)
 	return nil
+}
+
+// version returns the version of the parley protocol that the client speaks.
+func (c *client) version() int {
+	if c.v1 {
+		return 1
+	}
+	return 0
 }
 
 // admitClient counts a connection, before it is one. Unless it fails with another
@@ -203,7 +220,7 @@ func hasToken(values []string, token string) bool {
 // refuse answers a join that failed: as HTTP, or, where the client or the
 // contract wants to see a close code, by an upgrade and a close frame.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why error) error {
-	e := toAPIError(why)
+	e := c.explain(why)
 	if e.closeReason == "" && !c.v1 || e.closeCode == 0 {
 		s.release(c)
 		return e
@@ -222,9 +239,16 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why e
 	return nil
 }
 
-// attach starts the connection: how things are goes ahead of what waits.
-func (c *client) attach(v view) {
-	var first []byte
+// explain says what an error means to this client.
+func (c *client) explain(err error) *apiError {
+	if c.room != nil && errors.Is(err, errGone) {
+		return errRoomNotFound
+	}
+	return toAPIError(err)
+}
+
+// greeting returns the messages that tell the client of a pair how things are.
+func (c *client) greeting(v view) (first []byte) {
 	if c.v1 {
 		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage)
 		c.metrics.frameOut(typeWelcome, len(welcome))
@@ -233,6 +257,17 @@ func (c *client) attach(v view) {
 	if v.peer == present {
 		c.metrics.frameOut(typeRoomFull, len(frameRoomFull))
 		first = appendText(first, frameRoomFull)
+	}
+	return first
+}
+
+// attach starts the connection: how things are goes ahead of what waits.
+func (c *client) attach(v view) {
+	var first []byte
+	if c.room != nil {
+		first = c.greetingOfRoom(v)
+	} else {
+		first = c.greeting(v)
 	}
 	switch v.resumed {
 	case resumedBack:
@@ -345,8 +380,11 @@ func (c *client) handle(buf *buffer, data []byte, binary bool) (held bool, err e
 	m, err := d.decode(data)
 	c.srv.decoders.Put(d)
 	c.metrics.frameIn(m.typ, len(data))
+	if err == nil && !c.mayUse(m.typ) {
+		err = &frameError{"unknown_type", "the type is none that a client may send here"}
+	}
 	if err == nil && m.typ.relayed() {
-		r, err := c.seat.Post(context.Background(), c.peerSide(), frame{typ: m.typ, binary: binary, data: data, buf: buf}, c.buffered())
+		r, err := c.relay(m, buf, data, binary)
 		c.complain(m, err)
 		return r.held, nil
 	}
@@ -367,6 +405,22 @@ func (c *client) handle(buf *buffer, data []byte, binary bool) (held bool, err e
 	return false, nil
 }
 
+// mayUse reports whether the client may send frames of this type.
+func (c *client) mayUse(t frameType) bool {
+	if c.room != nil {
+		return t.ofRoom()
+	}
+	return t.ofPair()
+}
+
+// relay passes a frame on. It owns buf, in which data lies.
+func (c *client) relay(m message, buf *buffer, data []byte, binary bool) (receipt, error) {
+	if c.room != nil {
+		return c.relayInRoom(m, buf)
+	}
+	return c.seat.Post(context.Background(), "", frame{typ: m.typ, binary: binary, data: data, buf: buf}, c.buffered())
+}
+
 // act does what a frame that is neither relayed nor mail asks for.
 func (c *client) act(m message) error {
 	switch m.typ {
@@ -374,16 +428,19 @@ func (c *client) act(m message) error {
 		return c.hello(m)
 	case typeDelivered:
 		return c.delivered(m)
-	case typePing:
-		if len(m.raw.t) > maxPingT {
-			return badFrame("t is longer than %d bytes", maxPingT)
-		}
-		c.answer(typePong, appendPong(nil, m.raw.t))
-		return nil
 	case typeTelemetry:
 		return c.telemetry(m)
+	default:
+		return c.ping(m)
 	}
-	return &frameError{"unknown_type", "the type is none that a client may send"}
+}
+
+func (c *client) ping(m message) error {
+	if len(m.raw.t) > maxPingT {
+		return badFrame("t is longer than %d bytes", maxPingT)
+	}
+	c.answer(typePong, appendPong(nil, m.raw.t))
+	return nil
 }
 
 // complain answers a frame with an error frame, if there was an error the
@@ -408,6 +465,8 @@ func toFrameError(err error) *frameError {
 		return e
 	}
 	switch {
+	case errors.Is(err, errNoPeer):
+		return &frameError{"peer_not_found", err.Error()}
 	case errors.Is(err, errPeerAbsent):
 		return &frameError{"peer_absent", err.Error()}
 	case errors.Is(err, errMailFull):
@@ -418,17 +477,10 @@ func toFrameError(err error) *frameError {
 	return &frameError{"backend_unavailable", "the server cannot do this at the moment"}
 }
 
-func (c *client) peerSide() string {
-	if c.side == "A" {
-		return "B"
-	}
-	return "A"
-}
-
 // send puts mail in a mailbox. It owns buf.
 func (c *client) send(m message, buf *buffer) error {
 	f := frame{kind: kindMail, id: m.id, data: m.raw.payload, buf: buf}
-	to := c.peerSide()
+	to := ""
 	fail := func(format string, args ...any) error {
 		buf.free()
 		return badFrame(format, args...)
@@ -562,7 +614,7 @@ func (c *client) notify(why error) {
 		c.wake()
 		return
 	}
-	e := toAPIError(why)
+	e := c.explain(why)
 	c.close(e.closeCode, e.code)
 }
 
@@ -595,6 +647,9 @@ func (c *client) appendPresence(dst []byte, e event) []byte {
 	tell := func(t frameType, text []byte) {
 		c.metrics.frameOut(t, len(text))
 		dst = appendText(dst, text)
+	}
+	if c.room != nil {
+		return c.appendRoomPresence(dst, e)
 	}
 	switch e.kind {
 	case eventJoined:

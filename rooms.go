@@ -1,0 +1,386 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+)
+
+// Rooms, for party games: opened by a host, joined by guests with a code.
+
+const (
+	roomCodeAlphabet = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789" // no I, O, 0 or 1: 32 characters
+	roomCodeLength   = 6
+	roomCodeTries    = 16 // draws of which all are taken only if nearly every code is
+
+	minPlayers, maxPlayers, usualPlayers = 2, 16, 8
+
+	maxPassword    = 128 // bytes
+	maxDisplayName = 64  // characters
+)
+
+var (
+	errRoomNotFound = &apiError{status: http.StatusNotFound, code: "room_not_found",
+		text: "the room is unknown or has ended", closeCode: closeUnknown}
+	errNotCreator = &apiError{status: http.StatusForbidden, code: "not_creator",
+		text: "only who opened the room may do this"}
+	// errRoomDeleted is why the members of a deleted room are out.
+	errRoomDeleted = errors.New("the room was deleted")
+)
+
+// newRoomCode returns a random code; its alphabet has a power of two of letters.
+func newRoomCode() string {
+	var b [roomCodeLength]byte
+	rand.Read(b[:]) // never fails
+	for i := range b {
+		b[i] = roomCodeAlphabet[b[i]%byte(len(roomCodeAlphabet))]
+	}
+	return string(b[:])
+}
+
+// parseRoomCode returns a code as rooms have it; ok is false if none has such.
+func parseRoomCode(text string) (code string, ok bool) {
+	if len(text) != roomCodeLength {
+		return "", false
+	}
+	code = strings.ToUpper(text)
+	return code, strings.Trim(code, roomCodeAlphabet) == ""
+}
+
+// newSecret returns a secret of 128 bits for a URL or a header.
+func newSecret() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}
+
+// createRoom is POST /api/rooms.
+func (s *server) createRoom(w http.ResponseWriter, r *http.Request, c caller) error {
+	room := roomMeta{Owner: c.network, Created: time.Now(), Max: usualPlayers}
+	token := ""
+	if s.cfg.rooms == "jwt" {
+		var err error
+		if room.Creator, err = s.authenticate(r); err != nil {
+			return err
+		}
+	} else {
+		token = newSecret()
+		room.Token = sha256.Sum256([]byte(token))
+	}
+	object, err := readObject(w, r)
+	if err != nil {
+		return err
+	}
+	ttl, err := readTTL(object, s.cfg.roomMaxTTL)
+	if err != nil {
+		return err
+	}
+	set, err := s.readChange(r.Context(), object)
+	if err != nil {
+		return err
+	}
+	if s.draining.Load() {
+		return errDraining
+	}
+	m, err := s.openRoom(r.Context(), set.of(room), ttl)
+	if err != nil {
+		return err
+	}
+	s.writeJSON(w, http.StatusCreated, struct {
+		RoomID     string `json:"roomId"`
+		Code       string `json:"code"`
+		ExpiresAt  string `json:"expiresAt"`
+		OwnerToken string `json:"ownerToken,omitempty"`
+	}{m.ID.String(), m.Room.Code, timestamp(m.Expires), token})
+	return nil
+}
+
+// openRoom opens a room under a code that no other has.
+func (s *server) openRoom(ctx context.Context, room roomMeta, ttl time.Duration) (m meta, err error) {
+	m = meta{ID: uuid.New(), Expires: room.Created.Add(ttl)}
+	err = errTaken
+	for try := 0; try < roomCodeTries && errors.Is(err, errTaken); try++ {
+		room.Code = newRoomCode()
+		open := room
+		m.Room = &open
+		err = s.hub.Open(ctx, m)
+	}
+	return m, err
+}
+
+// readChange reads what a caller wants of a room, to open or to change it.
+func (s *server) readChange(ctx context.Context, object map[string]json.RawMessage) (c change, err error) {
+	if err := readField(object, "maxPlayers", &c.Max); err != nil || c.Max != nil && (*c.Max < minPlayers || *c.Max > maxPlayers) {
+		return c, badRequest("bad_max_players", fmt.Sprintf("maxPlayers must be a whole number from %d to %d", minPlayers, maxPlayers))
+	}
+	if err := readField(object, "locked", &c.Locked); err != nil {
+		return c, badRequest("bad_locked", "locked must be true or false")
+	}
+	var password *string
+	if err := readField(object, "password", &password); err != nil || password != nil && len(*password) > maxPassword {
+		return c, badRequest("bad_password", fmt.Sprintf("password must be a string of at most %d bytes", maxPassword))
+	}
+	if password != nil {
+		c.Password = new(passwordHash)
+		if *password != "" {
+			*c.Password, err = s.passwords.hash(ctx, *password)
+		}
+	}
+	return c, err
+}
+
+// readField reads one field of a request; absent and null leave v nil.
+func readField[T any](object map[string]json.RawMessage, name string, v **T) error {
+	raw, ok := object[name]
+	if !ok {
+		return nil
+	}
+	return json.Unmarshal(raw, v)
+}
+
+// findRoom returns the ID of the room that a path names by ID or code. An
+// unknown code is a wrong guess; an ID is not to be guessed.
+func (s *server) findRoom(ctx context.Context, c caller, name string) (sessionID, error) {
+	if id, err := parseAppID(name); err == nil {
+		return id, nil
+	}
+	done, err := s.beginGuess(c, "room "+strings.ToUpper(name))
+	if err != nil {
+		return sessionID{}, err
+	}
+	id, err := sessionID{}, errGone
+	if code, ok := parseRoomCode(name); ok {
+		id, err = s.hub.Find(ctx, code)
+	}
+	done(errors.Is(err, errGone))
+	return id, err
+}
+
+// roomOf returns the room that a request names.
+func (s *server) roomOf(r *http.Request, c caller) (m meta, taken int, err error) {
+	id, err := s.findRoom(r.Context(), c, r.PathValue("room"))
+	if err == nil {
+		m, taken, err = s.hub.Get(r.Context(), id)
+	}
+	if errors.Is(err, errGone) || err == nil && m.Room == nil {
+		err = errRoomNotFound
+	}
+	return m, taken, err
+}
+
+// ownRoom returns the room that a request names, if the caller opened it.
+func (s *server) ownRoom(r *http.Request, c caller) (meta, error) {
+	token, err := bearerToken(r)
+	if err != nil {
+		return meta{}, err
+	}
+	user := ""
+	if s.cfg.rooms == "jwt" {
+		if user, err = s.verifier.verify(r.Context(), token); err != nil {
+			return meta{}, err
+		}
+	}
+	m, _, err := s.roomOf(r, c)
+	if err != nil {
+		return m, err
+	}
+	hash := sha256.Sum256([]byte(token))
+	if user != "" && user == m.Room.Creator || subtle.ConstantTimeCompare(hash[:], m.Room.Token[:]) == 1 {
+		return m, nil
+	}
+	return m, errNotCreator
+}
+
+// getRoom is GET /api/rooms/{idOrCode}.
+func (s *server) getRoom(w http.ResponseWriter, r *http.Request, c caller) error {
+	m, taken, err := s.roomOf(r, c)
+	if err != nil {
+		return err
+	}
+	s.writeRoom(w, m, taken)
+	return nil
+}
+
+// changeRoom is PATCH /api/rooms/{id}.
+func (s *server) changeRoom(w http.ResponseWriter, r *http.Request, c caller) error {
+	m, err := s.ownRoom(r, c)
+	if err != nil {
+		return err
+	}
+	object, err := readObject(w, r)
+	if err != nil {
+		return err
+	}
+	set, err := s.readChange(r.Context(), object)
+	if err != nil {
+		return err
+	}
+	m, taken, err := s.hub.Update(r.Context(), m.ID, set)
+	if errors.Is(err, errGone) {
+		return errRoomNotFound
+	} else if err != nil {
+		return err
+	}
+	s.writeRoom(w, m, taken)
+	return nil
+}
+
+// deleteRoom is DELETE /api/rooms/{id}.
+func (s *server) deleteRoom(w http.ResponseWriter, r *http.Request, c caller) error {
+	m, err := s.ownRoom(r, c)
+	if err != nil {
+		return err
+	}
+	if err := s.hub.End(r.Context(), m.ID, errRoomDeleted); err != nil {
+		return err
+	}
+	s.writeJSON(w, http.StatusOK, struct {
+		Message string `json:"message"`
+	}{"Room deleted"})
+	return nil
+}
+
+func (s *server) writeRoom(w http.ResponseWriter, m meta, taken int) {
+	s.writeJSON(w, http.StatusOK, struct {
+		ID          string `json:"id"`
+		Code        string `json:"code"`
+		CreatorID   string `json:"creatorId"`
+		CreatedAt   string `json:"createdAt"`
+		ExpiresAt   string `json:"expiresAt"`
+		MaxPlayers  int    `json:"maxPlayers"`
+		PlayerCount int    `json:"playerCount"`
+		HasPassword bool   `json:"hasPassword"`
+		Locked      bool   `json:"locked"`
+	}{m.ID.String(), m.Room.Code, m.Room.Creator, timestamp(m.Room.Created), timestamp(m.Expires),
+		m.Room.Max, taken, m.Room.Password != (passwordHash{}), m.Room.Locked})
+}
+
+// A roomSeat is what a client knows of its seat in a room.
+type roomSeat struct {
+	id     string // of the room
+	self   member
+	secret string // to resume with
+}
+
+// serveSignal is GET /ws/signal/{idOrCode}.
+func (s *server) serveSignal(w http.ResponseWriter, r *http.Request, from caller) error {
+	query := r.URL.Query()
+	displayName := query.Get("displayName")
+	if !validDisplayName(displayName) {
+		return badRequest("bad_display_name",
+			fmt.Sprintf("displayName must have at most %d characters, and no control characters", maxDisplayName))
+	}
+	c := &client{room: &roomSeat{secret: newSecret()}}
+	join := joinRequest{room: true, name: uuid.NewString(), claim: sha256.Sum256([]byte(c.room.secret)), displayName: displayName}
+	if secret := query.Get("resume"); secret != "" {
+		join.resume = sha256.Sum256([]byte(secret))
+	}
+	return s.connect(w, r, from, routeSignal, c, func() (seat, view, error) {
+		id, err := s.findRoom(r.Context(), from, r.PathValue("room"))
+		if err != nil {
+			return nil, view{}, err
+		}
+		join.v = c.version()
+		c.room.id = id.String()
+		seat, v, err := s.joinRoom(r.Context(), from, id, join, query.Get("password"), c.notify)
+		if err == nil {
+			c.room.self = v.room.self
+			if v.resumed != resumedNot {
+				c.room.secret = query.Get("resume")
+			}
+		}
+		return seat, v, err
+	})
+}
+
+// joinRoom takes a seat. The password only matters where the room asks for it,
+// and then it is a guess.
+func (s *server) joinRoom(ctx context.Context, from caller, id sessionID, join joinRequest, password string, notify func(error)) (seat, view, error) {
+	seat, v, err := s.hub.Join(ctx, id, join, notify)
+	if !errors.Is(err, errWrongPassword) || password == "" {
+		return seat, v, err
+	}
+	if join.password, err = s.guessPassword(ctx, from, id, password); err != nil {
+		return nil, view{}, err
+	}
+	return s.hub.Join(ctx, id, join, notify)
+}
+
+// guessPassword returns the hash of the room's password, if password is it.
+func (s *server) guessPassword(ctx context.Context, from caller, id sessionID, password string) (passwordHash, error) {
+	m, _, err := s.hub.Get(ctx, id)
+	if err != nil || m.Room.Password == (passwordHash{}) { // removed just now
+		return passwordHash{}, err
+	}
+	done, err := s.beginGuess(from, "password "+id.String()+" "+password)
+	if err != nil {
+		return passwordHash{}, err
+	}
+	matches, err := s.passwords.matches(ctx, m.Room.Password, password)
+	done(err == nil && !matches)
+	if err == nil && !matches {
+		err = errWrongPassword
+	}
+	return m.Room.Password, err
+}
+
+// validDisplayName reports whether others may be shown the name.
+func validDisplayName(name string) bool {
+	return utf8.ValidString(name) && utf8.RuneCountInString(name) <= maxDisplayName && strings.IndexFunc(name, unicode.IsControl) < 0
+}
+
+// greetingOfRoom returns the message that tells the client of a room how things
+// are.
+func (c *client) greetingOfRoom(v view) []byte {
+	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret)
+	c.metrics.frameOut(typeJoin, len(join))
+	return appendText(nil, join)
+}
+
+// relayInRoom passes a frame's payload on, to one or to all others. It owns buf,
+// in which the frame lies.
+func (c *client) relayInRoom(m message, buf *buffer) (receipt, error) {
+	defer buf.free()
+	to := ""
+	if m.raw.to != nil && string(m.raw.to) != "null" {
+		name, ok := unquote(m.raw.to)
+		if !ok {
+			return receipt{}, badFrame(`"to" must be a peer's ID`)
+		}
+		to = string(name)
+	}
+	if m.raw.payload == nil {
+		return receipt{}, badFrame(`the frame needs a "payload"`)
+	}
+	data := make([]byte, 0, len(m.raw.payload)+maxSignalHead)
+	data = appendSignal(data, m.typ, c.room.self.id, to, c.room.id, m.raw.payload)
+	return c.seat.Post(context.Background(), to, frame{typ: m.typ, data: data}, c.buffered())
+}
+
+// appendRoomPresence tells the client of e, which is in a room.
+func (c *client) appendRoomPresence(dst []byte, e event) []byte {
+	var text []byte
+	var typ frameType
+	switch e.kind {
+	case eventJoined:
+		typ, text = typeJoin, appendJoin(nil, c.room.id, e.room.member)
+	case eventLeft:
+		typ, text = typeLeave, appendLeave(nil, c.room.id, e.room)
+	default:
+		return dst
+	}
+	c.metrics.frameOut(typ, len(text))
+	return appendText(dst, text)
+}
