@@ -7,7 +7,8 @@ SHELL := bash
 NEEDS := \
 	gcc:build-essential \
 	node:nodejs \
-	npm:npm
+	npm:npm \
+	turnserver:coturn
 
 FUZZTIME ?= 30s
 BENCH ?= .

@@ -161,17 +161,7 @@ func (p *callerPolicy) sameHost(origin *url.URL, r *http.Request) bool {
 // whoami is GET /whoami: what the server sees of the caller, so that mistakes
 // in a proxy's configuration show.
 func (s *server) whoami(w http.ResponseWriter, r *http.Request, c caller) error {
-	answer := struct {
-		IP            string `json:"ip"`
-		SocketIP      string `json:"socketIp"`
-		ForwardedFor  string `json:"forwardedFor"`
-		ProxyTrusted  bool   `json:"proxyTrusted"`
-		Origin        string `json:"origin"`
-		OriginAllowed bool   `json:"originAllowed"`
-		TLS           bool   `json:"tls"`
-		GuessesLeft   int    `json:"guessesLeft"`
-		Advice        string `json:"advice,omitempty"`
-	}{
+	s.writeJSON(w, http.StatusOK, whoamiAnswer{
 		IP:            c.addr.String(),
 		SocketIP:      c.socket.String(),
 		ForwardedFor:  strings.Join(r.Header["X-Forwarded-For"], ", "),
@@ -181,9 +171,20 @@ func (s *server) whoami(w http.ResponseWriter, r *http.Request, c caller) error 
 		TLS:           r.TLS != nil || c.proxyTrusted && r.Header.Get("X-Forwarded-Proto") == "https",
 		GuessesLeft:   s.limits.guesses.left(c.network),
 		Advice:        strings.Join(s.callers.advice(r, c), " "),
-	}
-	s.writeJSON(w, http.StatusOK, answer)
+	})
 	return nil
+}
+
+type whoamiAnswer struct {
+	IP            string `json:"ip"`
+	SocketIP      string `json:"socketIp"`
+	ForwardedFor  string `json:"forwardedFor"`
+	ProxyTrusted  bool   `json:"proxyTrusted"`
+	Origin        string `json:"origin"`
+	OriginAllowed bool   `json:"originAllowed"`
+	TLS           bool   `json:"tls"`
+	GuessesLeft   int    `json:"guessesLeft"`
+	Advice        string `json:"advice,omitempty"`
 }
 
 // advice says in words what looks wrong about how r got here.

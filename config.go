@@ -56,6 +56,12 @@ type config struct {
 	jwtAudience      []string
 	jwtUserClaim     string
 
+	// STUN and TURN servers for clients: URLs and secrets of TURN both or neither.
+	stunURLs    []string
+	turnURLs    []string
+	turnSecrets []string
+	turnTTL     time.Duration
+
 	// Connections.
 	heartbeat  time.Duration
 	maxMessage int
@@ -153,11 +159,19 @@ func configOptions(c *config) []option {
 			help: "https URL of the set of public keys (JWKS) that tokens are checked with; it is read again every 15 minutes, and when a token names an unknown key"},
 		{name: "JWT_ISSUER", optionValue: stringOption(&c.jwtIssuer),
 			help: "issuer that a token must name; unset, any"},
-		{name: "JWT_AUDIENCE", optionValue: listOption(&c.jwtAudience,
-			func(a string) (string, error) { return a, nil }, func(a string) string { return a }),
+		{name: "JWT_AUDIENCE", optionValue: listOption(&c.jwtAudience, keepText, sameText),
 			help: "audiences, separated by commas, of which a token must name one; unset, any"},
 		{name: "JWT_USER_CLAIM", def: "user_id", optionValue: stringOption(&c.jwtUserClaim),
 			help: "claim that names the user; without it sub does"},
+
+		{name: "STUN_URLS", optionValue: listOption(&c.stunURLs, parseSTUNURL, sameText),
+			help: "STUN servers for clients, separated by commas: stun:host[:port] or stuns:host[:port]"},
+		{name: "TURN_URLS", optionValue: listOption(&c.turnURLs, parseTURNURL, sameText),
+			help: "TURN servers for clients, separated by commas: turn:host[:port], with ?transport=udp or ?transport=tcp, or turns:host[:port]"},
+		{name: "TURN_SECRET", secret: true, optionValue: listOption(&c.turnSecrets, keepText, sameText),
+			help: "secret that the TURN servers share (coturn: static-auth-secret); while it is being changed several, separated by commas"},
+		{name: "TURN_TTL", def: "1h", optionValue: durationOption(&c.turnTTL, time.Second, month),
+			help: "how long a TURN credential lives; in this time one address gets at most 30"},
 
 		{name: "HEARTBEAT", def: "20s", optionValue: durationOption(&c.heartbeat, soon, time.Hour),
 			help: "interval of WebSocket pings; a connection silent for two of them is dropped"},
@@ -168,7 +182,7 @@ func configOptions(c *config) []option {
 		{name: "WS_WRITE_BUF", def: "4096", optionValue: sizeOption(&c.writeBuf, 256, 1<<20),
 			help: "bytes of the pooled buffer that a connection borrows while it writes"},
 
-		{name: "CORS_ORIGINS", alias: "ALLOWED_ORIGINS", optionValue: listOption(&c.corsOrigins, parseOrigin, func(o string) string { return o }),
+		{name: "CORS_ORIGINS", alias: "ALLOWED_ORIGINS", optionValue: listOption(&c.corsOrigins, parseOrigin, sameText),
 			help: "browser origins that may call while DEV=false, besides the server's own: https://host[:port] or bare host names, separated by commas"},
 		{name: "TRUSTED_PROXIES", optionValue: listOption(&c.trustedProxies, parseNetwork, netip.Prefix.String),
 			help: "proxies whose X-Forwarded-For and X-Forwarded-Host are believed: addresses or CIDRs, separated by commas"},
@@ -240,6 +254,12 @@ func (c *config) contradictions(keys []string) []error {
 	if c.codeDigitsMax != 0 && c.codeDigitsMax < c.codeDigits {
 		problems = append(problems, fmt.Errorf("CODE_DIGITS_MAX must not be below CODE_DIGITS: %d is less than %d", c.codeDigitsMax, c.codeDigits))
 	}
+	if len(c.turnURLs) > 0 && len(c.turnSecrets) == 0 {
+		problems = append(problems, errors.New("TURN_URLS needs TURN_SECRET beside it: credentials are made with it"))
+	}
+	if len(c.turnSecrets) > 0 && len(c.turnURLs) == 0 {
+		problems = append(problems, errors.New("TURN_SECRET needs TURN_URLS beside it"))
+	}
 	if len(keys) > 1 {
 		problems = append(problems, fmt.Errorf("%s are given: keep one", strings.Join(keys, " and ")))
 	}
@@ -270,12 +290,15 @@ func jwtKeys(found map[string]finding) []string {
 }
 
 // warnings lists what is allowed but seldom meant.
-func (c *config) warnings() []string {
+func (c *config) warnings() (warnings []string) {
 	if c.dev && !isLoopback(c.host) {
-		return []string{fmt.Sprintf("DEV=true lets any website call, and %s can be reached from other machines: "+
-			"set HOST=127.0.0.1 to develop, or DEV=false and CORS_ORIGINS to serve others", c.host)}
+		warnings = append(warnings, fmt.Sprintf("DEV=true lets any website call, and %s can be reached from other machines: "+
+			"set HOST=127.0.0.1 to develop, or DEV=false and CORS_ORIGINS to serve others", c.host))
+		if len(c.turnSecrets) > 0 {
+			warnings = append(warnings, "TURN_SECRET with DEV=true makes an open relay: any website gets credentials for your TURN server")
+		}
 	}
-	return nil
+	return warnings
 }
 
 // logAttrs returns the effective values in the order of the table, secrets masked.
@@ -291,7 +314,7 @@ func logOptions(table []option) []slog.Attr {
 
 // writeUsage writes the table for -h.
 func writeUsage(w io.Writer) {
-	fmt.Fprint(w, "Usage: parley [flags]\n\n"+
+	fmt.Fprint(w, "Usage: parley [flags]\n       parley check URL\n\n"+
 		"Every flag is an environment variable too: -room-ttl 5m is ROOM_TTL=5m. A flag wins.\n"+
 		"Of two defaults the first holds while DEV=true, the second otherwise.\n\n")
 	for _, o := range configOptions(new(config)) {
@@ -641,6 +664,10 @@ func listOption[T any](field *[]T, parse func(string) (T, error), format func(T)
 		return strings.Join(texts, ",")
 	})
 }
+
+// keepText and sameText are for lists of text that need no parsing, and no formatting.
+func keepText(s string) (string, error) { return s, nil }
+func sameText(s string) string          { return s }
 
 // parseNetwork takes a CIDR or one address. Addresses are compared in their plain form, so a
 // network of IPv4 addresses in IPv6 clothes becomes the IPv4 network that it means.

@@ -13,6 +13,9 @@
 // that is; with 1 when it cannot go on, for example because the port is taken;
 // and with 0 when it was told to stop.
 //
+// parley check URL looks at a running server from outside, and says in words
+// what is wrong with it, its proxy, or its STUN and TURN servers.
+//
 // SIGTERM or SIGINT begins to drain: /readyz turns 503, nothing new is taken,
 // every WebSocket is closed with 1001, and the process is gone within
 // DRAIN_TIMEOUT. A second signal ends it at once.
@@ -38,6 +41,9 @@ func main() {
 
 // run is main with its surroundings as parameters. It returns the exit status.
 func run(args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "check" {
+		return runCheck(args[1:], stdout, stderr)
+	}
 	cfg, err := loadConfig(args, lookup)
 	if errors.Is(err, flag.ErrHelp) {
 		writeUsage(stdout)

@@ -17,11 +17,12 @@ import (
 type metrics struct {
 	registry *prometheus.Registry
 
-	codesMinted prometheus.Counter
-	redeems     map[redeemResult]prometheus.Counter
-	throttled   prometheus.Counter // redeems refused for guessing
-	rateLimited map[route]prometheus.Counter
-	untrusted   prometheus.Counter
+	codesMinted               prometheus.Counter
+	redeems                   map[redeemResult]prometheus.Counter
+	throttled                 prometheus.Counter // redeems refused for guessing
+	rateLimited               map[route]prometheus.Counter
+	untrusted                 prometheus.Counter
+	turnIssued, turnThrottled prometheus.Counter // TURN credentials
 
 	connections prometheus.Gauge
 	connects    prometheus.Counter
@@ -95,10 +96,13 @@ func newMetrics() *metrics {
 	m.throttled = counter("redeem_throttled_total", "Redeems, room codes and passwords refused because their address guessed wrong too often.")
 	rateLimited := counters("rate_limited_total", "Calls refused because their address calls too often.", "route")
 	m.rateLimited = map[route]prometheus.Counter{}
-	for _, r := range []route{routeCode, routeRedeem, routeRooms, routeWS, routeSignal} {
+	for _, r := range []route{routeCode, routeRedeem, routeICE, routeRooms, routeWS, routeSignal} {
 		m.rateLimited[r] = rateLimited.WithLabelValues(string(r))
 	}
 	m.untrusted = counter("forwarded_untrusted_total", "Requests with forwarded headers from an address that is no trusted proxy.")
+
+	credentials := counters("turn_credentials_total", "TURN credentials made, and refused because their address has enough.", "result")
+	m.turnIssued, m.turnThrottled = credentials.WithLabelValues("issued"), credentials.WithLabelValues("throttled")
 
 	m.connections = make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "ws_connections", Help: "WebSocket connections that are open."})
 	m.connects = counter("ws_connections_total", "WebSocket connections opened.")

@@ -104,6 +104,18 @@ func optionTests() map[string]func(*testing.T) {
 		return open
 	}
 
+	turnTest := bubbled(func(t *testing.T) {
+		ts := newTestServer(t, "TURN_URLS=turn:a.example", "TURN_SECRET=new,old")
+		servers := ts.iceServers(ts.post("/rendezvous/code", "").text)
+		if len(servers) != 2 || servers[0].Credential == servers[1].Credential {
+			t.Fatalf("%+v, want an entry for each secret", servers)
+		}
+		for i, secret := range []string{"new", "old"} {
+			if s := servers[i]; s.URLs[0] != "turn:a.example" || s.Credential != turnPassword(secret, s.Username) {
+				t.Errorf("%+v", s)
+			}
+		}
+	})
 	// keyTest opens a room with a token that is signed with key, and not without.
 	keyTest := func(setting string, method jwt.SigningMethod, key any) func(*testing.T) {
 		return func(t *testing.T) {
@@ -224,6 +236,22 @@ func optionTests() map[string]func(*testing.T) {
 		"JWT_ISSUER":     claimTest("JWT_ISSUER=us", "iss", "us", "them"),
 		"JWT_AUDIENCE":   claimTest("JWT_AUDIENCE=games", "aud", "games", "mail"),
 		"JWT_USER_CLAIM": claimTest("JWT_USER_CLAIM=email", "email", "a@b", ""),
+
+		"STUN_URLS": bubbled(func(t *testing.T) {
+			ts := newTestServer(t, "STUN_URLS=stun:stun.example,stuns:b.example")
+			if a := ts.post("/rendezvous/code", ""); !strings.Contains(a.text, `"iceServers":[{"urls":["stun:stun.example","stuns:b.example"]}]`) {
+				t.Error(a.text)
+			}
+		}),
+		"TURN_URLS":   turnTest,
+		"TURN_SECRET": turnTest,
+		"TURN_TTL": bubbled(func(t *testing.T) {
+			ts := newTestServer(t, "TURN_URLS=turn:a.example", "TURN_SECRET=s", "TURN_TTL=90s")
+			username := ts.iceServers(ts.post("/rendezvous/code", "").text)[0].Username
+			if expires, _, _ := strings.Cut(username, ":"); expires != fmt.Sprint(time.Now().Add(90*time.Second).Unix()) {
+				t.Errorf("user %s at %d", username, time.Now().Unix())
+			}
+		}),
 
 		"LOG_LEVEL": func(t *testing.T) {
 			for level, want := range map[string]int{"debug": 4, "info": 3, "warn": 2, "error": 1} {
@@ -638,7 +666,7 @@ func TestStartsWithProblems(t *testing.T) {
 // What the server starts with is logged, whoever set it, and no secret is.
 func TestEffectiveConfiguration(t *testing.T) {
 	const secret = "hunter2-hunter2-hunter2-hunter2-hunter2"
-	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8"}
+	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8", "TURN_URLS=turn:a.example"}
 	for _, o := range configOptions(new(config)) {
 		if o.secret {
 			env = append(env, o.name+"="+secret)

@@ -139,6 +139,14 @@ type rtcFrame struct {
 // newRTCPeer takes a seat and answers whatever offer comes, until the test ends.
 func newRTCPeer(ctx context.Context, t *testing.T, server *process, appID, side string) *rtcPeer {
 	t.Helper()
+	p := dialRTCPeer(ctx, t, server, appID, side)
+	p.start(webrtc.Configuration{})
+	return p
+}
+
+// dialRTCPeer takes a seat.
+func dialRTCPeer(ctx context.Context, t *testing.T, server *process, appID, side string) *rtcPeer {
+	t.Helper()
 	p := &rtcPeer{
 		ctx: ctx, t: t, side: side,
 		opened:   make(chan *webrtc.DataChannel, 1),
@@ -152,9 +160,16 @@ func newRTCPeer(ctx context.Context, t *testing.T, server *process, appID, side 
 		t.Fatal(err)
 	}
 	p.ws = ws
-	if p.pc, err = rtcLoopback().NewPeerConnection(webrtc.Configuration{}); err != nil {
-		ws.CloseNow()
-		t.Fatal(err)
+	return p
+}
+
+// start answers whatever offer comes, until the test ends.
+func (p *rtcPeer) start(config webrtc.Configuration) {
+	p.t.Helper()
+	var err error
+	if p.pc, err = rtcLoopback().NewPeerConnection(config); err != nil {
+		p.ws.CloseNow()
+		p.t.Fatal(err)
 	}
 	p.pc.OnICECandidate(func(c *webrtc.ICECandidate) {
 		if c != nil {
@@ -169,14 +184,13 @@ func newRTCPeer(ctx context.Context, t *testing.T, server *process, appID, side 
 	})
 	p.pc.OnDataChannel(p.use)
 	go p.signal()
-	t.Cleanup(func() {
+	p.t.Cleanup(func() {
 		p.ws.Close(websocket.StatusNormalClosure, "")
 		<-p.done
 		if err := p.pc.GracefulClose(); err != nil {
-			t.Error(err)
+			p.t.Error(err)
 		}
 	})
-	return p
 }
 
 // rtcLoopback makes peers that meet on 127.0.0.1 and need no network.

@@ -51,6 +51,8 @@ import (
 //     protocol pings.
 //   - telemetry {event, mode?, reason?}: how the peers' own connection went; it
 //     only feeds metrics.
+//   - ice_servers: answered {iceServers, ttl}: STUN and TURN servers, with new
+//     credentials that live ttl seconds.
 //
 // From the server:
 //
@@ -66,7 +68,8 @@ import (
 //
 // And only to clients that offer the subprotocol parley.v1:
 //
-//   - welcome: the first frame; who you are, and how the other seat is.
+//   - welcome: the first frame; who you are, how the other seat is, and ICE
+//     servers if there are any.
 //   - peer_joined {resumed, peerV?}: the other seat has a new connection;
 //     resumed when the same client is back. Comes before room_full.
 //   - peer_away: the other seat's connection was lost, and its holder may return.
@@ -92,12 +95,13 @@ import (
 //   - offer, answer, candidate {to?, payload}: for the peer called to, by
 //     default for everyone else. The server writes the frame anew, with who it
 //     is from, and passes the payload on byte for byte.
-//   - ping and telemetry as in a pair.
+//   - ping, telemetry and ice_servers as in a pair.
 //
 // From the server:
 //
 //   - join {from, roomId, displayName, peers, host, resume}: the first frame;
-//     who you are, who else is in the room, and the secret to come back with.
+//     who you are, who else is in the room, the secret to come back with, and
+//     ICE servers if there are any.
 //     Without peers: somebody else has joined.
 //   - leave {from, roomId, host}: somebody has left; host is who is it now, the
 //     one who has been in the room the longest.
@@ -135,6 +139,7 @@ const (
 	typeDelivered
 	typePing
 	typeTelemetry
+	typeICEServers
 	typeDeliver
 	typeQueued
 	typeRoomFull
@@ -153,7 +158,7 @@ const (
 func (t frameType) String() string {
 	return [numFrameTypes]string{
 		otherLabel, "offer", "answer", "ice", "sender_ready", "bye", "candidate",
-		"send", "hello", "delivered", "ping", "telemetry",
+		"send", "hello", "delivered", "ping", "telemetry", "ice_servers",
 		"deliver", "queued", "room_full", "peer_left", "pong", "error",
 		"welcome", "peer_joined", "peer_away", "code_contested",
 		"join", "leave",
@@ -166,13 +171,13 @@ func (t frameType) relayed() bool { return typeOffer <= t && t <= typeCandidate 
 
 // ofPair reports whether the client of a pair may send the type.
 func (t frameType) ofPair() bool {
-	return typeOffer <= t && t <= typeTelemetry && t != typeCandidate
+	return typeOffer <= t && t <= typeICEServers && t != typeCandidate
 }
 
 // ofRoom reports whether the client of a room may send the type.
 func (t frameType) ofRoom() bool {
 	switch t {
-	case typeOffer, typeAnswer, typeCandidate, typePing, typeTelemetry:
+	case typeOffer, typeAnswer, typeCandidate, typePing, typeTelemetry, typeICEServers:
 		return true
 	}
 	return false
@@ -203,6 +208,8 @@ func clientType(name []byte) frameType {
 		return typePing
 	case "telemetry":
 		return typeTelemetry
+	case "ice_servers":
+		return typeICEServers
 	}
 	return typeUnknown
 }
@@ -497,7 +504,7 @@ func appendQueued(dst []byte, id, seq uint64) []byte {
 
 // appendWelcome appends the first frame of a parley.v1 connection. A is the
 // impolite peer of perfect negotiation, B the polite one.
-func appendWelcome(dst []byte, side string, v view, heartbeat time.Duration, maxMessage int) []byte {
+func appendWelcome(dst []byte, side string, v view, heartbeat time.Duration, maxMessage int, ice iceServers) []byte {
 	dst = append(dst, `{"type":"welcome","v":1,"side":"`...)
 	dst = append(dst, side...)
 	dst = append(dst, `","polite":`...)
@@ -510,7 +517,7 @@ func appendWelcome(dst []byte, side string, v view, heartbeat time.Duration, max
 	dst = strconv.AppendInt(dst, heartbeat.Milliseconds(), 10)
 	dst = append(dst, `,"maxMessage":`...)
 	dst = strconv.AppendInt(dst, int64(maxMessage), 10)
-	return append(dst, '}')
+	return append(appendICEServers(dst, ice), '}')
 }
 
 func appendPeerJoined(dst []byte, e event) []byte {
@@ -530,7 +537,7 @@ func appendPeerV(dst []byte, v int) []byte {
 
 // appendRoomWelcome appends the first frame of a room's connection. secret is
 // what the client may resume with.
-func appendRoomWelcome(dst []byte, room string, v *roomView, secret string) []byte {
+func appendRoomWelcome(dst []byte, room string, v *roomView, secret string, ice iceServers) []byte {
 	dst = appendRoomHead(dst, typeJoin, v.self.id, room)
 	dst, _ = jsontext.AppendQuote(append(dst, `,"displayName":`...), v.self.displayName)
 	dst = append(dst, `,"peers":[`...)
@@ -544,7 +551,7 @@ func appendRoomWelcome(dst []byte, room string, v *roomView, secret string) []by
 	}
 	dst = append(append(dst, `],"host":"`...), v.host...)
 	dst = append(append(dst, `","resume":"`...), secret...)
-	return append(dst, `"}`...)
+	return append(appendICEServers(append(dst, '"'), ice), '}')
 }
 
 // appendJoin appends the frame that tells of a new member.

@@ -52,6 +52,7 @@ type route string
 const (
 	routeCode   route = "code"
 	routeRedeem route = "redeem"
+	routeICE    route = "ice_servers"
 	routeRooms  route = "rooms"
 	routeWS     route = "ws"
 	routeSignal route = "signal"

@@ -46,7 +46,8 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) erro
 		Code      string `json:"code"`
 		AppID     string `json:"appID"`
 		ExpiresAt string `json:"expiresAt"`
-	}{code, id.String(), timestamp(expires)})
+		iceServers
+	}{code, id.String(), timestamp(expires), s.ice.servers(id, c.network)})
 	return nil
 }
 
@@ -116,7 +117,8 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 	s.writeJSON(w, http.StatusOK, struct {
 		AppID     string `json:"appID"`
 		ExpiresAt string `json:"expiresAt"`
-	}{id.String(), timestamp(expires)})
+		iceServers
+	}{id.String(), timestamp(expires), s.ice.servers(id, c.network)})
 	return nil
 }
 

@@ -293,7 +293,7 @@ func (s *server) serveSignal(w http.ResponseWriter, r *http.Request, from caller
 			return nil, view{}, err
 		}
 		join.v = c.version()
-		c.room.id = id.String()
+		c.session, c.room.id = id, id.String()
 		seat, v, err := s.joinRoom(r.Context(), from, id, join, query.Get("password"), c.notify)
 		if err == nil {
 			c.room.self = v.room.self
@@ -344,7 +344,7 @@ func validDisplayName(name string) bool {
 // greetingOfRoom returns the message that tells the client of a room how things
 // are.
 func (c *client) greetingOfRoom(v view) []byte {
-	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret)
+	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret, c.srv.ice.servers(c.session, c.network))
 	c.metrics.frameOut(typeJoin, len(join))
 	return appendText(nil, join)
 }

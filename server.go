@@ -34,6 +34,7 @@ type server struct {
 	callers  *callerPolicy
 	cors     *cors.Cors
 	limits   limits
+	ice      *iceDirectory
 	// verifier is nil where nothing asks for tokens.
 	verifier   verifier
 	passwords  *passwords
@@ -52,6 +53,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		version:  buildVersion(),
 		callers:  newCallerPolicy(cfg, log, m.untrusted),
 		limits:   l,
+		ice:      newICEDirectory(cfg, m),
 
 		verifier:   verifier,
 		passwords:  newPasswords(),
@@ -90,6 +92,7 @@ func (s *server) handler() http.Handler {
 	route := func(pattern string, e endpoint) { mux.Handle(pattern, s.cors.Handler(s.endpoint(e))) }
 	route("/rendezvous/code", endpoint{limit: routeCode, methods: methods{http.MethodPost: s.mintCode}})
 	route("/rendezvous/redeem", endpoint{limit: routeRedeem, methods: methods{http.MethodPost: s.redeemCode}})
+	route("/ice-servers", endpoint{limit: routeICE, methods: methods{http.MethodGet: s.getICEServers}})
 	route("/whoami", endpoint{methods: methods{http.MethodGet: s.whoami}})
 	route("/healthz", endpoint{methods: methods{http.MethodGet: s.healthz}})
 	route("/readyz", endpoint{methods: methods{http.MethodGet: s.readyz}})
@@ -311,10 +314,7 @@ func (s *server) writeError(w http.ResponseWriter, err error) {
 }
 
 func (s *server) writeJSON(w http.ResponseWriter, status int, v any) {
-	body, err := json.Marshal(v)
-	if err != nil { // only what is our own is marshalled
-		panic(err)
-	}
+	body := mustMarshal(v)
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("Cache-Control", "no-store")

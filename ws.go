@@ -27,7 +27,9 @@ type client struct {
 	seat seat // nil for one that is only told why it is refused
 	side string
 	room *roomSeat // nil in a pair
-	v1   bool
+
+	session sessionID
+	v1      bool
 
 	network network // whose connection it is
 
@@ -56,7 +58,7 @@ func (s *server) serveWS(w http.ResponseWriter, r *http.Request, from caller) er
 		return err
 	}
 	join.owner = from.network
-	c := &client{side: join.name}
+	c := &client{side: join.name, session: id}
 	return s.connect(w, r, from, routeWS, c, func() (seat, view, error) {
 		join.v = c.version()
 		return s.hub.Join(r.Context(), id, join, c.notify)
@@ -250,7 +252,7 @@ func (c *client) explain(err error) *apiError {
 // greeting returns the messages that tell the client of a pair how things are.
 func (c *client) greeting(v view) (first []byte) {
 	if c.v1 {
-		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage)
+		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage, c.srv.ice.servers(c.session, c.network))
 		c.metrics.frameOut(typeWelcome, len(welcome))
 		first = appendText(first, welcome)
 	}
@@ -430,6 +432,9 @@ func (c *client) act(m message) error {
 		return c.delivered(m)
 	case typeTelemetry:
 		return c.telemetry(m)
+	case typeICEServers:
+		c.iceServers()
+		return nil
 	default:
 		return c.ping(m)
 	}

@@ -1,0 +1,358 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/pion/logging"
+	"github.com/pion/stun/v3"
+	"github.com/pion/turn/v5"
+)
+
+// parley check URL looks at a running server from outside, as a client would,
+// and says in words what is right and what is not.
+
+const checkUsage = `Usage: parley check [-origin ORIGIN] [-token TOKEN] URL
+
+Looks at the server at URL as a client does, and says what is wrong: whether it
+answers and is ready, its Redis included; what it takes the caller for, behind
+whatever proxies there are; whether pages of an origin may call it; whether
+WebSockets get through; and whether the STUN and TURN servers that it names
+answer, TURN with a credential that it made. It mints one code. The exit status
+is 1 when something is wrong.
+
+`
+
+// checkTimeout is how long each thing that is looked at may take.
+const checkTimeout = 5 * time.Second
+
+// A checker is one run of parley check.
+type checker struct {
+	out    io.Writer
+	base   *url.URL
+	origin string // of the pages that should be able to call
+	token  string // where minting asks for one
+	http   *http.Client
+	wrong  int // how many things are
+}
+
+// runCheck is parley check. It returns the exit status.
+func runCheck(args []string, stdout, stderr io.Writer) int {
+	c := &checker{out: stdout, http: &http.Client{Timeout: checkTimeout}}
+	flags := flag.NewFlagSet("parley check", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&c.origin, "origin", "", "origin of the pages that should be able to call; by default the server's own")
+	flags.StringVar(&c.token, "token", "", "bearer token for minting a code, where MINT_AUTH asks for one")
+	flags.Usage = func() {
+		fmt.Fprint(flags.Output(), checkUsage)
+		flags.PrintDefaults()
+	}
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return 0
+	} else if err != nil {
+		return 2
+	}
+	var err error
+	if c.base, err = url.Parse(flags.Arg(0)); err != nil || flags.NArg() != 1 || c.base.Host == "" || c.base.Scheme != "http" && c.base.Scheme != "https" {
+		fmt.Fprintln(stderr, "parley check needs one URL, such as https://parley.example")
+		return 2
+	}
+	c.base.Path = strings.TrimSuffix(c.base.Path, "/")
+	if c.origin == "" {
+		c.origin = c.base.Scheme + "://" + c.base.Host
+	}
+	defer c.http.CloseIdleConnections()
+	c.run()
+	if c.wrong > 0 {
+		fmt.Fprintf(c.out, "\n%d wrong.\n", c.wrong)
+		return 1
+	}
+	fmt.Fprint(c.out, "\nAll is well.\n")
+	return 0
+}
+
+func (c *checker) ok(format string, args ...any) { fmt.Fprintf(c.out, "ok     "+format+"\n", args...) }
+func (c *checker) note(format string, args ...any) {
+	fmt.Fprintf(c.out, "note   "+format+"\n", args...)
+}
+func (c *checker) bad(format string, args ...any) {
+	c.wrong++
+	fmt.Fprintf(c.out, "WRONG  "+format+"\n", args...)
+}
+
+func (c *checker) run() {
+	if !c.reachable() {
+		return
+	}
+	c.ready()
+	c.caller()
+	c.session()
+}
+
+// call makes an API call as a page of the origin, and decodes the answer.
+func (c *checker) call(method, path, body string, into any) (*http.Response, error) {
+	r, err := http.NewRequest(method, c.base.String()+path, strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("Origin", c.origin)
+	if c.token != "" {
+		r.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	res, err := c.http.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(text, into); err != nil {
+		return res, fmt.Errorf("%s %s answers %s, and not as parley does: %.60q", method, path, res.Status, bytes.TrimSpace(text))
+	}
+	return res, nil
+}
+
+func (c *checker) reachable() bool {
+	var v versionInfo
+	if _, err := c.call(http.MethodGet, "/version", "", &v); err != nil {
+		c.bad("%s cannot be reached, or is not parley: %v", c.base, err)
+		return false
+	}
+	c.ok("%s is parley %s", c.base, v.Version)
+	return true
+}
+
+func (c *checker) ready() {
+	var answer struct{ Code, Error string }
+	res, err := c.call(http.MethodGet, "/readyz", "", &answer)
+	switch {
+	case err != nil:
+		c.bad("readiness: %v", err)
+	case res.StatusCode == http.StatusOK:
+		c.ok("it is ready")
+	case answer.Code == "draining":
+		c.bad("it is shutting down: ask again once it is back")
+	default:
+		c.bad("it is not ready: if it uses Redis, that does not answer: check REDIS_URL, or REDIS_HOST, REDIS_PORT and REDIS_PASSWORD")
+	}
+}
+
+// caller looks at proxies and origins through GET /whoami.
+func (c *checker) caller() {
+	var me whoamiAnswer
+	if _, err := c.call(http.MethodGet, "/whoami", "", &me); err != nil {
+		c.bad("whoami: %v", err)
+		return
+	}
+	c.ok("it takes this machine for %s, through %s", me.IP, me.SocketIP)
+	if me.OriginAllowed {
+		c.ok("pages of %s may call", c.origin)
+	}
+	if c.base.Scheme == "https" && !me.TLS {
+		c.bad("the proxy does not say that the caller used TLS: let it set X-Forwarded-Proto, and TRUSTED_PROXIES name it")
+	}
+	if me.Advice != "" {
+		c.bad("%s", me.Advice)
+	}
+}
+
+// session mints a code and looks at what a client would do with it.
+func (c *checker) session() {
+	var minted struct {
+		AppID, Code, Error string
+		iceServers
+	}
+	res, err := c.call(http.MethodPost, "/rendezvous/code", "", &minted)
+	switch {
+	case err != nil:
+		c.bad("minting a code: %v", err)
+		return
+	case res.StatusCode == http.StatusUnauthorized:
+		c.bad("minting a code needs a token (MINT_AUTH=jwt): give one with -token")
+		return
+	case res.StatusCode != http.StatusOK:
+		c.bad("minting a code: %s", minted.Error)
+		return
+	}
+	c.ok("a code can be minted")
+	c.webSocket(minted.AppID)
+	c.servers(minted.iceServers)
+}
+
+func (c *checker) webSocket(appID string) {
+	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
+	defer cancel()
+	ws, _, err := websocket.Dial(ctx, c.base.String()+"/ws?side=A&appID="+appID, &websocket.DialOptions{
+		HTTPClient:   &http.Client{Transport: c.http.Transport},
+		HTTPHeader:   http.Header{"Origin": {c.origin}},
+		Subprotocols: []string{subprotocolV1},
+	})
+	if err != nil {
+		c.bad("WebSockets do not get through: a proxy must pass Upgrade and Connection on: %v", err)
+		return
+	}
+	defer ws.CloseNow()
+	if _, text, err := ws.Read(ctx); err != nil || !bytes.Contains(text, []byte(`"welcome"`)) {
+		c.bad("a WebSocket opens, and gets no welcome: %v", err)
+		return
+	}
+	c.ok("WebSockets get through")
+	ws.Close(websocket.StatusNormalClosure, "")
+}
+
+// servers tries each URL of the ICE servers.
+func (c *checker) servers(s iceServers) {
+	if s.Throttled {
+		c.bad("this address has had %d TURN credentials that still live: ask from another, or later", maxCredentials)
+	} else if len(s.Servers) == 0 {
+		c.bad("there are no ICE servers: set STUN_URLS, or devices in different networks will seldom connect")
+	}
+	relay := s.Throttled
+	for _, server := range s.Servers {
+		for _, text := range server.URLs {
+			uri, err := stun.ParseURI(text)
+			if err != nil {
+				c.bad("%s is no URL of a STUN or TURN server: %v", text, err)
+				continue
+			}
+			if uri.Scheme == stun.SchemeTypeSTUN || uri.Scheme == stun.SchemeTypeSTUNS {
+				c.stun(text, uri)
+				continue
+			}
+			relay = true
+			uri.Username, uri.Password = server.Username, server.Credential
+			c.turn(text, uri)
+		}
+	}
+	if !relay && len(s.Servers) > 0 {
+		c.note("there is no TURN server: peers behind some NATs cannot connect without")
+	}
+}
+
+func (c *checker) stun(text string, uri *stun.URI) {
+	client, closeAll, err := dialICE(uri)
+	if err != nil {
+		c.bad("%s: %v", text, err)
+		return
+	}
+	defer closeAll()
+	mapped, err := client.SendBindingRequest()
+	if err != nil {
+		c.bad("%s does not answer: is it running, and its port open? (%v)", text, err)
+		return
+	}
+	c.ok("%s answers: it sees %s", text, mapped)
+}
+
+func (c *checker) turn(text string, uri *stun.URI) {
+	client, closeAll, err := dialICE(uri)
+	if err != nil {
+		c.bad("%s: %v", text, err)
+		return
+	}
+	defer closeAll()
+	relayed, err := client.Allocate()
+	if e, ok := errors.AsType[*stun.TurnError](err); ok {
+		switch e.ErrorCodeAttr.Code {
+		case stun.CodeUnauthorized, stun.CodeForbidden:
+			c.bad("%s refuses the credential: its static-auth-secret must be TURN_SECRET (coturn: use-auth-secret), and both clocks right", text)
+		case stun.CodeAllocQuotaReached, stun.CodeInsufficientCapacity:
+			c.bad("%s accepts the credential and has no room: raise its quota", text)
+		default:
+			c.bad("%s refuses an allocation: %v", text, e)
+		}
+		return
+	} else if err != nil {
+		c.bad("%s does not answer: is it running, and its port open? (%v)", text, err)
+		return
+	}
+	defer relayed.Close()
+	c.ok("%s relays, from %s", text, relayed.LocalAddr())
+	if host, _, err := net.SplitHostPort(relayed.LocalAddr().String()); err == nil {
+		if ip := net.ParseIP(host); ip.IsPrivate() && !isLocal(uri.Host) {
+			c.bad("%s relays from %s, which others cannot reach: set its external-ip", text, host)
+		}
+	}
+}
+
+// isLocal reports whether a host is in a private network, or this machine.
+func isLocal(host string) bool {
+	ips, err := net.LookupIP(host)
+	return err == nil && len(ips) > 0 && (ips[0].IsPrivate() || ips[0].IsLoopback())
+}
+
+// dialICE connects to a STUN or TURN server as its URL says.
+func dialICE(uri *stun.URI) (client *turn.Client, closeAll func(), err error) {
+	addr := net.JoinHostPort(uri.Host, strconv.Itoa(uri.Port))
+	secure := uri.Scheme == stun.SchemeTypeSTUNS || uri.Scheme == stun.SchemeTypeTURNS
+	var conn net.PacketConn
+	if uri.Proto == stun.ProtoTypeUDP && !secure {
+		conn, err = listenFor(addr)
+	} else {
+		conn, err = dialStream(addr, uri.Host, secure)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	client, err = turn.NewClient(&turn.ClientConfig{
+		STUNServerAddr: addr, TURNServerAddr: addr, Conn: conn,
+		Username: uri.Username, Password: uri.Password,
+		RTO:           firstRetry,
+		LoggerFactory: &logging.DefaultLoggerFactory{DefaultLogLevel: logging.LogLevelDisabled, Writer: io.Discard},
+	})
+	if err == nil {
+		err = client.Listen()
+	}
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return client, func() { client.Close(); conn.Close() }, nil
+}
+
+// firstRetry is when a request is sent again for the first time; the seventh
+// time, and the end, are within checkTimeout.
+const firstRetry = 75 * time.Millisecond
+
+// listenFor opens a UDP socket of the server's address family, which is the one
+// that an allocation is asked for in.
+func listenFor(addr string) (net.PacketConn, error) {
+	server, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	if server.IP.To4() != nil {
+		return net.ListenPacket("udp4", ":0")
+	}
+	return net.ListenPacket("udp6", ":0")
+}
+
+func dialStream(addr, host string, secure bool) (net.PacketConn, error) {
+	dialer := &net.Dialer{Timeout: checkTimeout}
+	var conn net.Conn
+	var err error
+	if secure {
+		conn, err = tls.DialWithDialer(dialer, "tcp", addr, &tls.Config{ServerName: host})
+	} else {
+		conn, err = dialer.Dial("tcp", addr)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return turn.NewSTUNConn(conn), nil
+}

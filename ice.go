@@ -1,0 +1,206 @@
+package main
+
+import (
+	"crypto/hmac"
+	"crypto/sha1"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pion/stun/v3"
+)
+
+// Clients behind NATs find each other through STUN and TURN servers, which run
+// elsewhere. What is handed out here is where they are, and, for TURN, a
+// credential that expires: the convention that coturn calls use-auth-secret
+// (draft-uberti-behave-turn-rest-00). The TURN server shares the secret, and
+// needs to ask nobody.
+
+// maxCredentials is how many TURN credentials that have not expired each
+// network may have been given.
+const maxCredentials = 30
+
+// An iceServer is an RTCIceServer, as browsers take it.
+type iceServer struct {
+	URLs       []string `json:"urls"`
+	Username   string   `json:"username,omitempty"`
+	Credential string   `json:"credential,omitempty"`
+}
+
+// iceServers are what a client may use. throttled says that TURN was left out
+// because its network has had enough credentials.
+type iceServers struct {
+	Servers   []iceServer `json:"iceServers,omitempty"`
+	Throttled bool        `json:"throttled,omitempty"`
+}
+
+// An iceDirectory knows the servers and makes the credentials.
+type iceDirectory struct {
+	// static after construction
+	stun, turn []string // URLs
+	secrets    []string // of the TURN servers, the newest first
+	ttl        time.Duration
+	quota      *credentialQuota
+	metrics    *metrics
+}
+
+func newICEDirectory(cfg *config, m *metrics) *iceDirectory {
+	return &iceDirectory{
+		stun: cfg.stunURLs, turn: cfg.turnURLs, secrets: cfg.turnSecrets, ttl: cfg.turnTTL,
+		quota:   &credentialQuota{newAddressTable(maxAddresses, func() holding { return holding{} })},
+		metrics: m,
+	}
+}
+
+// servers returns what a client of this session and network may use. While the
+// TURN secret is being changed there is one entry for each secret: a TURN
+// server refuses those it does not share, and clients try them all.
+func (d *iceDirectory) servers(id sessionID, n network) (s iceServers) {
+	if len(d.stun) > 0 {
+		s.Servers = append(s.Servers, iceServer{URLs: d.stun})
+	}
+	if len(d.turn) == 0 {
+		return s
+	}
+	expires := time.Now().Add(d.ttl)
+	if !d.quota.take(n, expires) {
+		d.metrics.turnThrottled.Inc()
+		s.Throttled = true
+		return s
+	}
+	d.metrics.turnIssued.Inc()
+	username := turnUsername(id, expires)
+	for _, secret := range d.secrets {
+		s.Servers = append(s.Servers, iceServer{URLs: d.turn, Username: username, Credential: turnPassword(secret, username)})
+	}
+	return s
+}
+
+// turnUsername returns the user of a session until a time. What TURN servers
+// log does not tell the session's ID.
+func turnUsername(id sessionID, expires time.Time) string {
+	hash := sha256.Sum256(id[:])
+	return strconv.FormatInt(expires.Unix(), 10) + ":" + hex.EncodeToString(hash[:8])
+}
+
+// turnPassword returns the password that goes with a user name.
+func turnPassword(secret, username string) string {
+	mac := hmac.New(sha1.New, []byte(secret))
+	mac.Write([]byte(username))
+	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// seconds is the life of what is handed out, as answers give it.
+func (d *iceDirectory) seconds() int { return int(d.ttl / time.Second) }
+
+// A credentialQuota counts each network's credentials until they expire.
+type credentialQuota struct {
+	networks *addressTable[holding]
+}
+
+// take reports whether n may have another credential, and counts it. The zero
+// network is not counted.
+func (q *credentialQuota) take(n network, expires time.Time) (ok bool) {
+	if !n.IsValid() {
+		return true
+	}
+	q.networks.with(n, func(h *holding) {
+		h.expire(time.Now())
+		if ok = len(h.expires) < maxCredentials; ok {
+			h.expires = append(h.expires, expires) // in order: all live as long
+		}
+	})
+	return ok
+}
+
+// getICEServers is GET /ice-servers.
+func (s *server) getICEServers(w http.ResponseWriter, r *http.Request, c caller) error {
+	id, err := parseAppID(r.URL.Query().Get("appID"))
+	if err != nil {
+		return err
+	}
+	if _, _, err := s.hub.Get(r.Context(), id); err != nil {
+		return err
+	}
+	s.writeJSON(w, http.StatusOK, s.ice.answer(s.ice.servers(id, c.network)))
+	return nil
+}
+
+// An iceAnswer tells the servers to who asked for them.
+type iceAnswer struct {
+	Type      string      `json:"type,omitempty"`
+	Servers   []iceServer `json:"iceServers"`
+	Throttled bool        `json:"throttled,omitempty"`
+	TTL       int         `json:"ttl"` // seconds
+}
+
+func (d *iceDirectory) answer(s iceServers) iceAnswer {
+	if s.Servers == nil {
+		s.Servers = []iceServer{} // not null
+	}
+	return iceAnswer{Servers: s.Servers, Throttled: s.Throttled, TTL: d.seconds()}
+}
+
+// iceServers answers the frame ice_servers.
+func (c *client) iceServers() {
+	a := c.srv.ice.answer(c.srv.ice.servers(c.session, c.network))
+	a.Type = typeICEServers.String()
+	c.answer(typeICEServers, mustMarshal(a))
+}
+
+// appendICEServers appends s as members of an object that has some already.
+func appendICEServers(dst []byte, s iceServers) []byte {
+	if members := mustMarshal(s); len(members) > len("{}") {
+		dst = append(append(dst, ','), members[1:len(members)-1]...)
+	}
+	return dst
+}
+
+// mustMarshal marshals what is the server's own.
+func mustMarshal(v any) []byte {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
+
+// parseSTUNURL takes a URL of RFC 7064.
+func parseSTUNURL(text string) (string, error) {
+	scheme, err := checkICEURL(text)
+	if err != nil || scheme != stun.SchemeTypeSTUN && scheme != stun.SchemeTypeSTUNS {
+		return "", fmt.Errorf("must list URLs such as stun:stun.example:3478 or stuns:stun.example, not %q", text)
+	}
+	return text, nil
+}
+
+// parseTURNURL takes a URL of RFC 7065.
+func parseTURNURL(text string) (string, error) {
+	scheme, err := checkICEURL(text)
+	if err != nil || scheme != stun.SchemeTypeTURN && scheme != stun.SchemeTypeTURNS {
+		return "", fmt.Errorf("must list URLs such as turn:turn.example:3478?transport=udp or turns:turn.example, not %q", text)
+	}
+	return text, nil
+}
+
+// checkICEURL checks what browsers check, and that the host is one.
+func checkICEURL(text string) (stun.SchemeType, error) {
+	uri, err := stun.ParseURI(text)
+	if err != nil {
+		return stun.SchemeTypeUnknown, err
+	}
+	if _, ok := canonicalHost(uri.Host); !ok || uri.Port < 1 || uri.Port > 65535 {
+		return stun.SchemeTypeUnknown, errors.New("no such host or port")
+	}
+	if _, query, has := strings.Cut(text, "?"); has && query != "transport=udp" && query != "transport=tcp" {
+		return stun.SchemeTypeUnknown, errors.New("no such transport")
+	}
+	return uri.Scheme, nil
+}

@@ -1,0 +1,286 @@
+package main
+
+import (
+	"crypto/md5"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+	"github.com/pion/turn/v5"
+)
+
+const (
+	testSTUN = "STUN_URLS=stun:stun.example"
+	testTURN = "TURN_URLS=turn:turn.example:3478?transport=udp,turns:turn.example?transport=tcp"
+)
+
+// iceServers returns the servers that a JSON text names.
+func (ts *testServer) iceServers(text string) []iceServer {
+	ts.t.Helper()
+	var s iceServers
+	if err := json.Unmarshal([]byte(text), &s); err != nil {
+		ts.t.Fatalf("%v: %s", err, text)
+	}
+	return s.Servers
+}
+
+// The password is HMAC-SHA1, RFC 2202 test case 2, in base64.
+func TestTURNPasswordVector(t *testing.T) {
+	// effcdf6ae5eb2fa2d27416d5f184df9c259a7c79
+	if got, want := turnPassword("Jefe", "what do ya want for nothing?"), "7/zfauXrL6LSdBbV8YTfnCWafHk="; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// Another implementation of the convention takes the credential, until it expires.
+func TestTURNCredentialConvention(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		d := newICEDirectory(mustLoad(t, nil, testTURN, "TURN_SECRET=s3cret", "TURN_TTL=1m"), newMetrics())
+		id := uuid.New()
+		s := d.servers(id, network{}).Servers[0]
+		if !regexp.MustCompile(`^\d{10}:[0-9a-f]{16}$`).MatchString(s.Username) || strings.Contains(s.Username, id.String()[:8]) {
+			t.Errorf("user %q", s.Username)
+		}
+		handler := turn.LongTermTURNRESTAuthHandler("s3cret", nil)
+		key := md5.Sum([]byte(s.Username + ":realm:" + s.Credential)) // RFC 8489 section 9.2.2
+		accepted := func(username string) bool {
+			_, got, ok := handler(&turn.RequestAttributes{Username: username, Realm: "realm"})
+			return ok && slices.Equal(got, key[:])
+		}
+		if !accepted(s.Username) {
+			t.Error("refused")
+		}
+		if forged := "9" + s.Username[1:]; accepted(forged) {
+			t.Error("a later expiry goes with the same password")
+		}
+		time.Sleep(time.Minute + time.Second)
+		if accepted(s.Username) {
+			t.Error("accepted after it has expired")
+		}
+	})
+}
+
+// Wherever servers are named, they are named in the shape that browsers take.
+func TestICEServersEverywhere(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testSTUN, testTURN, "TURN_SECRET=s", "ROOMS=open", "TURN_TTL=10m")
+		exactly := regexp.MustCompile(`"iceServers":\[\{"urls":\["stun:stun\.example"\]\},` +
+			`\{"urls":\["turn:turn\.example:3478\?transport=udp","turns:turn\.example\?transport=tcp"\],"username":"\d+:[0-9a-f]{16}","credential":"[A-Za-z0-9+/]{27}="\}\]`)
+		users := map[string]bool{}
+		check := func(what, text string) {
+			t.Helper()
+			if !exactly.MatchString(text) || strings.Contains(text, "throttled") {
+				t.Errorf("%s: %s", what, text)
+				return
+			}
+			_, user, _ := strings.Cut(ts.iceServers(text)[1].Username, ":")
+			users[user] = true
+		}
+		minted := ts.post("/rendezvous/code", "")
+		check("mint", minted.text)
+		check("redeem", ts.post("/rendezvous/redeem", `{"code":"`+minted.Code+`"}`).text)
+		a := ts.call(http.MethodGet, "/ice-servers?appID="+minted.AppID, "")
+		check("GET", a.text)
+		if !strings.HasSuffix(a.text, `],"ttl":600}`+"\n") {
+			t.Errorf("GET: %s", a.text)
+		}
+		v1 := ts.join(wsDial{appID: minted.AppID, side: "A", v1: true})
+		check("welcome", v1.settled()[0])
+		v1.send(`{"type":"ice_servers"}`)
+		answer := v1.settled()[0]
+		check("frame", answer)
+		if !strings.HasPrefix(answer, `{"type":"ice_servers","iceServers":[`) || !strings.HasSuffix(answer, `],"ttl":600}`) {
+			t.Errorf("frame: %s", answer)
+		}
+		if len(users) != 1 {
+			t.Errorf("one session has the users %v", users)
+		}
+		old := ts.join(wsDial{appID: minted.AppID, side: "B"})
+		old.want(frameRoomFull)
+		old.send(`{"type":"ice_servers"}`)
+		check("frame, to an old client", old.settled()[0])
+
+		room := ts.openRoom("")
+		c := ts.join(wsDial{room: room.Code})
+		check("join", c.settled()[0])
+		c.send(`{"type":"ice_servers"}`)
+		check("frame in a room", c.settled()[0])
+		check("GET of a room", ts.call(http.MethodGet, "/ice-servers?appID="+room.RoomID, "").text)
+		if len(users) != 2 {
+			t.Errorf("two sessions have the users %v", users)
+		}
+	})
+}
+
+// Without any configured, nobody is told of any, and who asks gets an empty list.
+func TestNoICEServers(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, "ROOMS=open")
+		minted := ts.post("/rendezvous/code", "")
+		a := ts.join(wsDial{appID: minted.AppID, side: "A", v1: true})
+		room := ts.join(wsDial{room: ts.openRoom("").Code})
+		for what, text := range map[string]string{
+			"mint": minted.text, "redeem": ts.post("/rendezvous/redeem", `{"code":"`+minted.Code+`"}`).text,
+			"welcome": a.settled()[0], "join": room.settled()[0],
+		} {
+			if strings.Contains(text, "iceServers") || strings.Contains(text, "throttled") {
+				t.Errorf("%s: %s", what, text)
+			}
+		}
+		if got := ts.call(http.MethodGet, "/ice-servers?appID="+minted.AppID, "").text; got != `{"iceServers":[],"ttl":3600}`+"\n" {
+			t.Error(got)
+		}
+		a.send(`{"type":"ice_servers"}`)
+		a.want(`{"type":"ice_servers","iceServers":[],"ttl":3600}`)
+	})
+}
+
+func TestGetICEServersErrors(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testSTUN)
+		_, appID := ts.mint()
+		for query, want := range map[string]string{
+			"":                           "bad_app_id",
+			"?appID=1234":                "bad_app_id",
+			"?appID=" + uuid.NewString(): "unknown_session",
+		} {
+			if a := ts.call(http.MethodGet, "/ice-servers"+query, ""); a.Code != want || a.status >= 500 || a.status < 400 {
+				t.Errorf("%q: %d %s, want %s", query, a.status, a.text, want)
+			}
+		}
+		if a := ts.call(http.MethodPost, "/ice-servers?appID="+appID, ""); a.status != http.StatusMethodNotAllowed {
+			t.Errorf("POST: %d", a.status)
+		}
+		time.Sleep(ts.cfg.roomTTL)
+		if a := ts.call(http.MethodGet, "/ice-servers?appID="+appID, ""); a.status != http.StatusNotFound {
+			t.Errorf("after the session: %d %s", a.status, a.text)
+		}
+	})
+}
+
+// One address gets 30 credentials that live, wherever it asks; then servers come
+// without TURN, and it is told so, until the first has expired.
+func TestTURNThrottled(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testSTUN, testTURN, "TURN_SECRET=s", "TURN_TTL=10m", "ROOM_TTL=1h", "RATE_EXEMPT=10.9.9.9", "ROOMS=open")
+		_, appID := ts.mint()
+		a := ts.join(wsDial{appID: appID, side: "A", v1: true})
+		a.settled()
+		ask := func() string { return ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text }
+		for i := 3; i <= maxCredentials; i++ {
+			if i == 20 {
+				time.Sleep(time.Minute)
+			}
+			if text := ask(); len(ts.iceServers(text)) != 2 || strings.Contains(text, "throttled") {
+				t.Fatalf("credential %d: %s", i, text)
+			}
+		}
+		const without = `"iceServers":[{"urls":["stun:stun.example"]}],"throttled":true`
+		throttled := func(what, text string) {
+			t.Helper()
+			if !strings.Contains(text, without) || strings.Contains(text, "credential") {
+				t.Errorf("%s: %s", what, text)
+			}
+		}
+		throttled("GET", ask())
+		minted := ts.post("/rendezvous/code", "")
+		throttled("mint", minted.text)
+		throttled("redeem", ts.post("/rendezvous/redeem", `{"code":"`+minted.Code+`"}`).text)
+		a.send(`{"type":"ice_servers"}`)
+		throttled("frame", a.settled()[0])
+		throttled("welcome", ts.join(wsDial{appID: appID, side: "B", v1: true}).settled()[0])
+		throttled("join", ts.join(wsDial{room: ts.openRoom("").Code}).settled()[0])
+		if text := ts.call(http.MethodGet, "/metrics", "").text; !strings.Contains(text, `parley_turn_credentials_total{result="issued"} 30`) ||
+			!strings.Contains(text, `parley_turn_credentials_total{result="throttled"} 6`) {
+			t.Error("the metrics do not say so")
+		}
+
+		for _, from := range []string{"10.0.0.2", "10.9.9.9"} {
+			ts.http = ts.clientFrom(from)
+			n := 0
+			for len(ts.iceServers(ask())) == 2 && n < 40 {
+				n++
+			}
+			if want := map[string]int{"10.0.0.2": 30, "10.9.9.9": 40}[from]; n != want {
+				t.Errorf("%s got %d credentials, want %d", from, n, want)
+			}
+			ts.http.CloseIdleConnections()
+		}
+		ts.http = ts.clientFrom("127.0.0.1")
+		time.Sleep(9 * time.Minute) // the first 19 have expired
+		n := 0
+		for len(ts.iceServers(ask())) == 2 && n < 40 {
+			n++
+		}
+		if n != 19 {
+			t.Errorf("%d credentials after the first 19 have expired", n)
+		}
+	})
+}
+
+// The whole /64 shares one allowance, and the table of them stays small.
+func TestTURNQuotaByNetwork(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testTURN, "TURN_SECRET=s")
+		_, appID := ts.mint()
+		got := 0
+		for i := range 40 {
+			ts.http = ts.clientFrom(fmt.Sprintf("2001:db8::%x", i+1))
+			got += len(ts.iceServers(ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text))
+			ts.http.CloseIdleConnections()
+		}
+		if got != maxCredentials {
+			t.Errorf("a /64 got %d credentials", got)
+		}
+		if ts.ice.quota.networks.max != maxAddresses {
+			t.Error("the table is not bounded as the others are")
+		}
+	})
+}
+
+// A session that outlives its credentials gets new ones on its socket.
+func TestTURNRefresh(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testTURN, "TURN_SECRET=s", "TURN_TTL=1m")
+		_, appID := ts.mint()
+		a := ts.join(wsDial{appID: appID, side: "A", v1: true})
+		first := ts.iceServers(a.settled()[0])[0]
+		time.Sleep(2 * time.Minute)
+		a.send(`{"type":"ice_servers"}`)
+		next := ts.iceServers(a.settled()[0])[0]
+		if expires, _, _ := strings.Cut(next.Username, ":"); next.Username == first.Username || expires != fmt.Sprint(time.Now().Add(time.Minute).Unix()) {
+			t.Errorf("first %s, then %s", first.Username, next.Username)
+		}
+		a.leave(websocket.StatusNormalClosure)
+	})
+}
+
+// An open relay is warned of, and no secret of it is logged.
+func TestTURNWarning(t *testing.T) {
+	const secret = "not-for-the-log"
+	for _, tc := range []struct {
+		settings []string
+		want     bool
+	}{
+		{[]string{"HOST=0.0.0.0"}, true},
+		{[]string{"HOST=127.0.0.1"}, false},
+		{[]string{"HOST=0.0.0.0", "DEV=false"}, false},
+	} {
+		c := mustLoad(t, nil, append(tc.settings, testTURN, "TURN_SECRET="+secret+",other")...)
+		if got := strings.Contains(strings.Join(c.warnings(), "\n"), "open relay"); got != tc.want {
+			t.Errorf("%q: %q", tc.settings, c.warnings())
+		}
+		for _, a := range c.logAttrs() {
+			if strings.Contains(a.Value.String(), secret) || strings.Contains(a.Value.String(), "other") {
+				t.Errorf("%v is logged", a)
+			}
+		}
+	}
+}
