@@ -411,7 +411,7 @@ func (h *memoryHub) join(id sessionID, r joinRequest, m *memorySeat) (v view, wa
 		}
 	}
 	if s == nil {
-		if !r.create {
+		if !r.create || r.room {
 			return v, wake, errGone
 		}
 		if s, err = sh.open(h, meta{ID: id}, r.owner); err != nil {

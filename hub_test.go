@@ -119,6 +119,7 @@ func testHub(t *testing.T, env hubEnv) {
 		})
 	}
 	t.Run("mail/property", func(t *testing.T) { testMailProperty(t, env) })
+	testHubRooms(t, env)
 }
 
 var hubScenarios = []struct {

@@ -184,9 +184,10 @@ type guessBudget struct {
 
 // A guesser is what is known of one network's guesses.
 type guesser struct {
-	tokens  *rate.Limiter // a token is a wrong guess
-	pending int           // guesses that are being answered
-	wrong   []wrongGuess  // recent ones, which do not count again
+	tokens   *rate.Limiter // a token is a wrong guess
+	pending  int           // guesses that are being answered
+	answered chan struct{} // closed when one of them is; nil while nobody waits
+	wrong    []wrongGuess  // recent ones, which do not count again
 }
 
 type wrongGuess struct {
@@ -213,60 +214,85 @@ func newGuessBudget(budget int, window time.Duration) *guessBudget {
 // begin asks whether n may guess, right or wrong. If so, the caller tells
 // whether the guess was wrong by calling done; if not, retryAfter is when n may.
 // A guess under way counts as if it were wrong, so that many at once do not get
-// more answers than one after the other would.
-func (g *guessBudget) begin(n network, guess string) (done func(wrong bool) (counted bool), retryAfter time.Duration) {
+// more answers than one after the other would; where only such stand in the
+// way, begin waits for them, at most until ctx is done.
+func (g *guessBudget) begin(ctx context.Context, n network, guess string) (done func(wrong bool) (counted bool), retryAfter time.Duration) {
 	if g == nil || !n.IsValid() {
 		return func(wrong bool) bool { return wrong }, 0
 	}
-	now := time.Now()
-	g.networks.with(n, func(e *guesser) { retryAfter = e.begin(now) })
-	if retryAfter > 0 {
-		return nil, retryAfter
-	}
-	site, inSite := siteOf(n)
-	if inSite {
-		g.sites.with(site, func(e *guesser) { retryAfter = e.begin(now) })
-		if retryAfter > 0 {
-			g.networks.with(n, func(e *guesser) { e.end(false, now) })
+	for {
+		retryAfter, answered := g.tryBegin(n)
+		if retryAfter == 0 {
+			return func(wrong bool) bool { return g.done(n, guess, wrong) }, 0
+		} else if answered == nil {
+			return nil, retryAfter
+		}
+		select {
+		case <-answered:
+		case <-time.After(retryAfter): // the entry made room for another
+		case <-ctx.Done():
 			return nil, retryAfter
 		}
 	}
-	return func(wrong bool) bool {
-		now := time.Now() // the answer may have taken long
-		counts := false
-		g.networks.with(n, func(e *guesser) {
-			counts = wrong && e.firstTime(uint32(maphash.String(g.seed, guess)), now.Add(-g.window).Unix(), now.Unix())
-			e.end(counts, now)
-		})
-		if inSite {
-			g.sites.with(site, func(e *guesser) { e.end(counts, now) })
+}
+
+// tryBegin begins a guess of n, or says after how long it may. Where only
+// guesses under way stand before it, answered is closed when one is answered.
+func (g *guessBudget) tryBegin(n network) (retryAfter time.Duration, answered <-chan struct{}) {
+	now := time.Now()
+	g.networks.with(n, func(e *guesser) { retryAfter, answered = e.begin(now) })
+	if site, ok := siteOf(n); ok && retryAfter == 0 {
+		g.sites.with(site, func(e *guesser) { retryAfter, answered = e.begin(now) })
+		if retryAfter > 0 {
+			g.networks.with(n, func(e *guesser) { e.end(false, now) })
 		}
-		return counts
-	}, 0
+	}
+	return retryAfter, answered
+}
+
+// done ends a guess of n and reports whether it counts.
+func (g *guessBudget) done(n network, guess string, wrong bool) (counts bool) {
+	now := time.Now() // the answer may have taken long
+	g.networks.with(n, func(e *guesser) {
+		counts = wrong && e.firstTime(uint32(maphash.String(g.seed, guess)), now.Add(-g.window).Unix(), now.Unix())
+		e.end(counts, now)
+	})
+	if site, ok := siteOf(n); ok {
+		g.sites.with(site, func(e *guesser) { e.end(counts, now) })
+	}
+	return counts
 }
 
 // pendingRetry is how long guesses under way may take to be answered.
 const pendingRetry = time.Second
 
-// begin begins a guess, unless the tokens are used up.
-func (e *guesser) begin(now time.Time) (retryAfter time.Duration) {
+// begin begins a guess, unless the tokens are used up, or may be by guesses
+// under way: then answered is closed when one of those is answered.
+func (e *guesser) begin(now time.Time) (retryAfter time.Duration, answered <-chan struct{}) {
 	tokens := e.tokens.TokensAt(now)
 	if missing := float64(e.pending+1) - tokens; missing > 0 {
-		if tokens >= 1 { // only guesses under way stand before this one
-			return pendingRetry
+		if tokens >= 1 {
+			if e.answered == nil {
+				e.answered = make(chan struct{})
+			}
+			return pendingRetry, e.answered
 		}
 		// Less than a nanosecond's worth is nothing, to the limiter as well.
 		if wait := time.Duration(missing / float64(e.tokens.Limit()) * float64(time.Second)); wait > 0 {
-			return wait
+			return wait, nil
 		}
 	}
 	e.pending++
-	return 0
+	return 0, nil
 }
 
 // end ends a guess; a wrong one costs a token.
 func (e *guesser) end(counts bool, now time.Time) {
 	e.pending = max(e.pending-1, 0) // the entry may have made room and be new
+	if e.answered != nil {
+		close(e.answered)
+		e.answered = nil
+	}
 	if counts {
 		e.tokens.AllowN(now, 1)
 	}

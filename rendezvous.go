@@ -91,7 +91,7 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 	if s.draining.Load() {
 		return errDraining
 	}
-	done, err := s.beginGuess(c, code)
+	done, err := s.beginGuess(r.Context(), c, code)
 	if err != nil {
 		s.metrics.redeems[redeemThrottled].Inc()
 		return err
@@ -124,8 +124,8 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 
 // beginGuess asks whether the caller may guess, as guessBudget.begin does: a
 // code, a room's code or its password.
-func (s *server) beginGuess(c caller, guess string) (done func(wrong bool) (counted bool), err error) {
-	done, retryAfter := s.limits.guesses.begin(c.network, guess)
+func (s *server) beginGuess(ctx context.Context, c caller, guess string) (done func(wrong bool) (counted bool), err error) {
+	done, retryAfter := s.limits.guesses.begin(ctx, c.network, guess)
 	if done == nil {
 		s.metrics.throttled.Inc()
 		return nil, &apiError{status: http.StatusTooManyRequests, code: "too_many_attempts",

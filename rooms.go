@@ -156,7 +156,7 @@ func (s *server) findRoom(ctx context.Context, c caller, name string) (sessionID
 	if id, err := parseAppID(name); err == nil {
 		return id, nil
 	}
-	done, err := s.beginGuess(c, "room "+strings.ToUpper(name))
+	done, err := s.beginGuess(ctx, c, "room "+strings.ToUpper(name))
 	if err != nil {
 		return sessionID{}, err
 	}
@@ -324,7 +324,7 @@ func (s *server) guessPassword(ctx context.Context, from caller, id sessionID, p
 	if err != nil || m.Room.Password == (passwordHash{}) { // removed just now
 		return passwordHash{}, err
 	}
-	done, err := s.beginGuess(from, "password "+id.String()+" "+password)
+	done, err := s.beginGuess(ctx, from, "password "+id.String()+" "+password)
 	if err != nil {
 		return passwordHash{}, err
 	}
@@ -366,8 +366,15 @@ func (c *client) relayInRoom(m message, buf *buffer) (receipt, error) {
 	}
 	data := make([]byte, 0, len(m.raw.payload)+maxSignalHead)
 	data = appendSignal(data, m.typ, c.room.self.id, to, c.room.id, m.raw.payload)
-	return c.seat.Post(context.Background(), to, frame{typ: m.typ, data: data}, c.buffered())
+	r, err := c.seat.Post(context.Background(), to, frame{typ: m.typ, data: data}, c.buffered())
+	if to == "" && (errors.Is(err, errPeerAbsent) || errors.Is(err, errOverCapacity)) {
+		err = errNotEveryone
+	}
+	return r, err
 }
+
+// errNotEveryone answers a frame for everyone that somebody could not take.
+var errNotEveryone = &frameError{"peer_absent", "as much as may wait for a member who is away is waiting; the others have the frame"}
 
 // appendRoomPresence tells the client of e, which is in a room.
 func (c *client) appendRoomPresence(dst []byte, e event) []byte {

@@ -458,6 +458,9 @@ func (c *client) complain(m message, err error) {
 		c.errors = rate.NewLimiter(errorRate, errorBurst)
 	}
 	if !c.errors.Allow() {
+		if err == errNotEveryone { // for which the sender is not to blame
+			return
+		}
 		c.close(closeTooMany, "too many errors")
 		return
 	}
