@@ -225,6 +225,10 @@ func (c *checker) servers(s iceServers) {
 	relay := s.Throttled
 	for _, server := range s.Servers {
 		for _, text := range server.URLs {
+			if _, ok := iceScheme(text); !ok { // on some such, the parser never returns
+				c.bad("%s is no URL of a STUN or TURN server", text)
+				continue
+			}
 			uri, err := stun.ParseURI(text)
 			if err != nil {
 				c.bad("%s is no URL of a STUN or TURN server: %v", text, err)

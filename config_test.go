@@ -139,7 +139,7 @@ func optionCases(t testing.TB) []optionCase {
 		{name: "STUN_URLS", get: func(c *config) any { return c.stunURLs }, dev: []string(nil), prod: []string(nil),
 			text: "stun:stun.example, stuns:[::1]:5349,stun:192.0.2.1:19302", want: []string{"stun:stun.example", "stuns:[::1]:5349", "stun:192.0.2.1:19302"},
 			bad: []string{"stun.example", "stun://stun.example", "turn:a.example", "stun:a.example?transport=udp", "stun:", "stun::3478",
-				"stun:a:0", "stun:a:65536", "stun:a:x", "stun:a b", "stun:a/b", "http:a", "stun:me@a"}},
+				"stun:a:0", "stun:a:65536", "stun:a:x", "stun:a b", "stun:a/b", "stun:::1", "stun:[::1", "stun:[::1]5349", "stun:[::1]]", "stun:[a.example]", "stun:[fe80::1%25eth0]:1", "http:a", "stun:me@a"}},
 		{name: "TURN_URLS", get: func(c *config) any { return c.turnURLs }, dev: []string(nil), prod: []string(nil),
 			text: "turn:a.example?transport=udp,turns:a.example:443?transport=tcp,turn:a.example:3478",
 			want: []string{"turn:a.example?transport=udp", "turns:a.example:443?transport=tcp", "turn:a.example:3478"}, with: "TURN_SECRET=s",

@@ -7,14 +7,12 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/pion/stun/v3"
 )
 
 // Clients behind NATs find each other through STUN and TURN servers, which run
@@ -174,8 +172,7 @@ func mustMarshal(v any) []byte {
 
 // parseSTUNURL takes a URL of RFC 7064.
 func parseSTUNURL(text string) (string, error) {
-	scheme, err := checkICEURL(text)
-	if err != nil || scheme != stun.SchemeTypeSTUN && scheme != stun.SchemeTypeSTUNS {
+	if scheme, ok := iceScheme(text); !ok || scheme != "stun" && scheme != "stuns" || strings.Contains(text, "?") {
 		return "", fmt.Errorf("must list URLs such as stun:stun.example:3478 or stuns:stun.example, not %q", text)
 	}
 	return text, nil
@@ -183,24 +180,31 @@ func parseSTUNURL(text string) (string, error) {
 
 // parseTURNURL takes a URL of RFC 7065.
 func parseTURNURL(text string) (string, error) {
-	scheme, err := checkICEURL(text)
-	if err != nil || scheme != stun.SchemeTypeTURN && scheme != stun.SchemeTypeTURNS {
+	if scheme, ok := iceScheme(text); !ok || scheme != "turn" && scheme != "turns" {
 		return "", fmt.Errorf("must list URLs such as turn:turn.example:3478?transport=udp or turns:turn.example, not %q", text)
 	}
 	return text, nil
 }
 
-// checkICEURL checks what browsers check, and that the host is one.
-func checkICEURL(text string) (stun.SchemeType, error) {
-	uri, err := stun.ParseURI(text)
-	if err != nil {
-		return stun.SchemeTypeUnknown, err
+// iceScheme returns the scheme of a STUN or TURN URL; ok is false where host,
+// port or transport are none.
+func iceScheme(text string) (scheme string, ok bool) {
+	scheme, rest, _ := strings.Cut(text, ":")
+	address, query, hasQuery := strings.Cut(rest, "?")
+	host, port, err := net.SplitHostPort(address)
+	if err != nil { // there is no port, or nothing makes sense
+		host, port = address, "3478"
+		if n := len(address); n > 1 && address[0] == '[' && address[n-1] == ']' {
+			host = address[1 : n-1]
+		}
 	}
-	if _, ok := canonicalHost(uri.Host); !ok || uri.Port < 1 || uri.Port > 65535 {
-		return stun.SchemeTypeUnknown, errors.New("no such host or port")
+	if strings.Contains(host, ":") != strings.HasPrefix(address, "[") || strings.Contains(host, "%") {
+		return scheme, false
 	}
-	if _, query, has := strings.Cut(text, "?"); has && query != "transport=udp" && query != "transport=tcp" {
-		return stun.SchemeTypeUnknown, errors.New("no such transport")
+	if hasQuery && query != "transport=udp" && query != "transport=tcp" {
+		return scheme, false
 	}
-	return uri.Scheme, nil
+	_, isHost := canonicalHost(host)
+	n, err := strconv.ParseUint(port, 10, 16)
+	return scheme, isHost && err == nil && n > 0
 }
