@@ -1720,20 +1720,7 @@ func testHubRoomProperty(t *testing.T, env hubEnv) {
 	steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) hubRoomStep {
 		return hubRoomStep{ops.Draw(t, "op"), who.Draw(t, "by"), who.Draw(t, "to")}
 	}), 40, 60) // short ones meet little
-	rapid.Check(t, func(rt *rapid.T) {
-		script := steps.Draw(rt, "script") // outside, because rapid fails by panic
-		var err error
-		env.run(t, func(t *testing.T) {
-			h := newHubTest(t, env)
-			err = hubRoomPlay(h, script)
-			if h.finish(); err == nil && t.Failed() {
-				err = errors.New("as reported")
-			}
-		})
-		if err != nil {
-			rt.Fatal(err)
-		}
-	})
+	checkScripts(t, env, steps, hubRoomPlay)
 }
 
 type hubRoomStep struct {

@@ -122,6 +122,24 @@ func testHub(t *testing.T, env hubEnv) {
 	testHubRooms(t, env)
 }
 
+// checkScripts plays random scripts, each on a hub of its own.
+func checkScripts[S any](t *testing.T, env hubEnv, scripts *rapid.Generator[S], play func(*hubTest, S) error) {
+	rapid.Check(t, func(rt *rapid.T) {
+		script := scripts.Draw(rt, "script") // outside, because rapid fails by panic
+		var err error
+		env.run(t, func(t *testing.T) {
+			h := newHubTest(t, env)
+			err = play(h, script)
+			if h.finish(); err == nil && t.Failed() {
+				err = errors.New("as reported")
+			}
+		})
+		if err != nil {
+			rt.Fatal(err)
+		}
+	})
+}
+
 var hubScenarios = []struct {
 	name string
 	run  func(*hubTest)
@@ -1608,20 +1626,7 @@ func testMailProperty(t *testing.T, env hubEnv) {
 		"drop A", "drop B", "leave A", "leave B", "A", "B", "takeover A", "takeover B",
 		"relay", "wait", "wait long",
 	}), 1, 60)
-	rapid.Check(t, func(rt *rapid.T) {
-		script := steps.Draw(rt, "script") // outside, because rapid fails by panic
-		var err error
-		env.run(t, func(t *testing.T) {
-			h := newHubTest(t, env)
-			err = playMail(h, script)
-			if h.finish(); err == nil && t.Failed() {
-				err = errors.New("as reported")
-			}
-		})
-		if err != nil {
-			rt.Fatal(err)
-		}
-	})
+	checkScripts(t, env, steps, playMail)
 }
 
 // playMail plays a script between A, who sends, and B, who receives.

@@ -345,8 +345,7 @@ func validDisplayName(name string) bool {
 // are.
 func (c *client) greetingOfRoom(v view) []byte {
 	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret, c.srv.ice.servers(c.session, c.network))
-	c.metrics.frameOut(typeJoin, len(join))
-	return appendText(nil, join)
+	return c.appendFrame(nil, typeJoin, join)
 }
 
 // relayInRoom passes a frame's payload on, to one or to all others. It owns buf,
@@ -378,16 +377,11 @@ var errNotEveryone = &frameError{"peer_absent", "as much as may wait for a membe
 
 // appendRoomPresence tells the client of e, which is in a room.
 func (c *client) appendRoomPresence(dst []byte, e event) []byte {
-	var text []byte
-	var typ frameType
 	switch e.kind {
 	case eventJoined:
-		typ, text = typeJoin, appendJoin(nil, c.room.id, e.room.member)
+		return c.appendFrame(dst, typeJoin, appendJoin(nil, c.room.id, e.room.member))
 	case eventLeft:
-		typ, text = typeLeave, appendLeave(nil, c.room.id, e.room)
-	default:
-		return dst
+		return c.appendFrame(dst, typeLeave, appendLeave(nil, c.room.id, e.room))
 	}
-	c.metrics.frameOut(typ, len(text))
-	return appendText(dst, text)
+	return dst
 }

@@ -253,12 +253,10 @@ func (c *client) explain(err error) *apiError {
 func (c *client) greeting(v view) (first []byte) {
 	if c.v1 {
 		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage, c.srv.ice.servers(c.session, c.network))
-		c.metrics.frameOut(typeWelcome, len(welcome))
-		first = appendText(first, welcome)
+		first = c.appendFrame(first, typeWelcome, welcome)
 	}
 	if v.peer == present {
-		c.metrics.frameOut(typeRoomFull, len(frameRoomFull))
-		first = appendText(first, frameRoomFull)
+		first = c.appendFrame(first, typeRoomFull, []byte(frameRoomFull))
 	}
 	return first
 }
@@ -650,12 +648,15 @@ func raise(v *atomic.Uint64, n uint64) {
 	}
 }
 
+// appendFrame appends a frame of the server's own, and counts it.
+func (c *client) appendFrame(dst []byte, t frameType, text []byte) []byte {
+	c.metrics.frameOut(t, len(text))
+	return appendText(dst, text)
+}
+
 // appendPresence tells the client of e, as far as its version knows of that.
 func (c *client) appendPresence(dst []byte, e event) []byte {
-	tell := func(t frameType, text []byte) {
-		c.metrics.frameOut(t, len(text))
-		dst = appendText(dst, text)
-	}
+	tell := func(t frameType, text []byte) { dst = c.appendFrame(dst, t, text) }
 	if c.room != nil {
 		return c.appendRoomPresence(dst, e)
 	}
