@@ -32,6 +32,7 @@ type config struct {
 	logLevel     slog.Level
 	logFormat    string // text or json
 	metricsRoute string
+	demo         bool
 	metricsAddr  string // host:port, or "" to serve metrics with everything else
 	drainTimeout time.Duration
 
@@ -127,6 +128,8 @@ func configOptions(c *config) []option {
 			help: "path of the Prometheus metrics"},
 		{name: "METRICS_ADDR", optionValue: checkedOption(&c.metricsAddr, checkAddr),
 			help: "host:port of a listener for the metrics alone, which then are nowhere else"},
+		{name: "DEMO", def: "true", prod: "false", optionValue: boolOption(&c.demo),
+			help: "serve the demo page at /"},
 		{name: "DRAIN_TIMEOUT", def: "10s", optionValue: durationOption(&c.drainTimeout, time.Millisecond, time.Hour),
 			help: "longest time between being told to stop and the exit"},
 
@@ -790,7 +793,7 @@ func checkMetricsRoute(route string) error {
 	case "/", "/rendezvous/code", "/rendezvous/redeem", "/ice-servers", "/healthz", "/readyz", "/whoami", "/version", "/ws", "/api/rooms":
 		taken = true
 	}
-	if taken || strings.HasPrefix(route, "/api/rooms/") || strings.HasPrefix(route, "/ws/signal/") {
+	if taken || strings.HasPrefix(route, "/api/rooms/") || strings.HasPrefix(route, "/ws/signal/") || strings.HasPrefix(route, "/web/") {
 		return fmt.Errorf("must be a path of its own, not %q, which has another use", route)
 	}
 	return nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"os/exec"
@@ -9,29 +10,61 @@ import (
 	"time"
 )
 
-// The published clients of the pair protocol are JavaScript; they are tested in
-// their own language, against the real binary.
+// What JavaScript does with the server is tested in JavaScript, against the real
+// binary: by the client that parley replaces the server of, by our own, and by
+// the demo page in a browser. Each file of e2e/ is one test here.
+
+// TestPublishedClients runs the npm client of the pair protocol.
 func TestPublishedClients(t *testing.T) {
+	server := startBinary(t)
+	runNode(t, "mailbox.test.mjs", "PARLEY_URL="+server.url(""))
+}
+
+func TestJavaScriptClient(t *testing.T) {
+	runNode(t, "client.test.mjs", "PARLEY_BIN="+buildBinary(t))
+	runNode(t, "types.test.mjs")
+}
+
+// TestBrowser has the client connect pages of a real browser with each other.
+func TestBrowser(t *testing.T) {
+	runNode(t, "browser.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+}
+
+// TestDemo uses the demo page in a real browser, as people do.
+func TestDemo(t *testing.T) {
+	runNode(t, "demo.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+}
+
+func needChromium(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath(cmp.Or(os.Getenv("CHROMIUM"), "chromium"))
+	if err != nil {
+		t.Fatal("chromium is not installed: `make test` installs it; CHROMIUM may name another of its kind")
+	}
+	return path
+}
+
+// runNode runs the tests of one file of e2e/ and shows what they say.
+func runNode(t *testing.T, file string, env ...string) {
+	t.Helper()
 	node, err := exec.LookPath("node")
 	if err != nil {
 		t.Fatal("node is not installed: `make test` installs it, and the packages of e2e/")
 	}
-	for _, dependency := range []string{"ws", "@noisytransfer/transport"} {
+	for _, dependency := range []string{"ws", "@noisytransfer/transport", "playwright-core", "typescript"} {
 		if _, err := os.Stat(filepath.Join("e2e", "node_modules", dependency)); err != nil {
 			t.Fatalf("the package %s is not installed in e2e/node_modules: `make test` installs it", dependency)
 		}
 	}
-	server := startBinary(t)
-
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	run := exec.CommandContext(ctx, node, "--test")
-	run.Dir = "e2e" // which is what it searches for tests, past node_modules
-	run.Env = append(os.Environ(), "PARLEY_URL="+server.url(""))
+	run := exec.CommandContext(ctx, node, "--test", file)
+	run.Dir = "e2e"
+	run.Env = append(os.Environ(), env...)
 	run.WaitDelay = 5 * time.Second
 	out, err := run.CombinedOutput()
 	if err != nil {
-		t.Fatalf("node --test: %v\n%s", err, out)
+		t.Fatalf("node --test %s: %v\n%s", file, err, out)
 	}
 	t.Logf("%s", out)
 }

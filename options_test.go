@@ -283,6 +283,7 @@ func optionTests() map[string]func(*testing.T) {
 			status(t, "/metrics", ts.call(http.MethodGet, "/metrics", ""), http.StatusNotFound, "not_found")
 		}),
 		"METRICS_ADDR": TestMetricsAddr,
+		"DEMO":         TestDemoOff,
 		"DRAIN_TIMEOUT": bubbled(func(t *testing.T) {
 			for _, timeout := range []time.Duration{2 * time.Second, 15 * time.Second} {
 				ts := newTestServer(t, "DRAIN_TIMEOUT="+timeout.String())

@@ -80,7 +80,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		AllowOriginVaryRequestFunc: func(r *http.Request, _ string) (bool, []string) { return s.callers.originAllowed(r), nil },
 		AllowedMethods:             []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete},
 		AllowedHeaders:             []string{"Content-Type", "Authorization"},
-		ExposedHeaders:             []string{"Retry-After", "WWW-Authenticate"},
+		ExposedHeaders:             []string{"Date", "Retry-After", "WWW-Authenticate"},
 		MaxAge:                     600,
 	})
 	return s
@@ -101,6 +101,9 @@ func (s *server) handler() http.Handler {
 		route("/api/rooms", endpoint{limit: routeRooms, methods: methods{http.MethodPost: s.createRoom}})
 		route("/api/rooms/{room}", endpoint{limit: routeRooms, methods: methods{
 			http.MethodGet: s.getRoom, http.MethodPatch: s.changeRoom, http.MethodDelete: s.deleteRoom}})
+	}
+	for pattern, file := range s.webFiles() {
+		mux.Handle(pattern, s.endpoint(file))
 	}
 	if s.cfg.metricsAddr == "" {
 		route(s.cfg.metricsRoute, s.metricsEndpoint())

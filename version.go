@@ -9,6 +9,9 @@ import (
 // go build -ldflags "-X main.version=v1.2.3".
 var version string
 
+// unversioned is the version of a binary that was not stamped with one.
+const unversioned = "dev"
+
 // versionInfo is the answer to GET /version.
 type versionInfo struct {
 	Version string `json:"version"`
@@ -32,7 +35,7 @@ func buildVersion() versionInfo {
 		v.Version = info.Main.Version
 	}
 	if v.Version == "" || v.Version == "(devel)" {
-		v.Version = "dev"
+		v.Version = unversioned
 	}
 	return v
 }

@@ -1,0 +1,282 @@
+// web/parley.js in a real browser: two pages make WebRTC connections through a
+// server and a network that fail in every way.
+
+import assert from "node:assert/strict";
+import { randomUUID } from "node:crypto";
+import { test } from "node:test";
+
+import { chromium } from "playwright-core";
+
+import { startNetwork, startParley, until } from "./support.mjs";
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
+  // Without multicast DNS the pages see each other's loopback addresses.
+  args: ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns", "--allow-loopback-in-peer-connection"],
+});
+test.after(() => browser.close());
+
+// page opens a page of its own, with the client loaded; server is where the page
+// says that it is.
+async function openPage(t, server) {
+  const context = await browser.newContext();
+  t.after(() => context.close());
+  const page = await context.newPage();
+  page.errors = [];
+  page.on("pageerror", (error) => page.errors.push(String(error)));
+  page.on("console", (m) => m.type() === "warning" && m.text().includes("parley:") && page.errors.push(m.text()));
+  await loadPage(page, server);
+  return page;
+}
+
+async function loadPage(page, server) {
+  await page.goto(server + "/version");
+  await page.evaluate(async () => {
+    globalThis.parley = await import("/web/parley.js");
+    // echo talks over a channel until both have heard each other.
+    globalThis.greet = async (session, label, peer) => {
+      const channel = await (peer ? session.channel(peer, label) : session.channel(label));
+      const heard = new Promise((resolve) => channel.addEventListener("message", ({ data }) => resolve(data), { once: true }));
+      channel.send("hello from " + (session.side ?? session.self.id));
+      return heard;
+    };
+  });
+}
+
+const join = (page, options) =>
+  page.evaluate((options) => {
+    globalThis.session = parley.connect({ server: location.origin, ...options });
+  }, options);
+
+const greet = (page, label = "greetings") => page.evaluate((label) => greet(session, label), label);
+
+// meet has two pages greet each other.
+async function meet(a, b, label) {
+  assert.deepEqual(await Promise.all([greet(a, label), greet(b, label)]), ["hello from B", "hello from A"]);
+}
+
+const clean = (...pages) => pages.forEach((page) => assert.deepEqual(page.errors, []));
+
+test("a channel opens, and the route is known", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const { code, appID } = await a.evaluate(() => parley.mint());
+  await join(a, { appID, side: "A" });
+  const redeemed = await b.evaluate((code) => parley.redeem(code), code);
+  await join(b, { appID: redeemed.appID, side: "B" });
+  await meet(a, b);
+  for (const page of [a, b]) await until("a route", () => page.evaluate(() => ["host", "prflx", "srflx"].includes(session.route)));
+  await until("the server's count", async () => (await (await fetch(url + "/metrics")).text()).match(/parley_sessions_established_total\{mode="(host|prflx|srflx)"\} 1/));
+  clean(a, b);
+});
+
+test("glare: both negotiate at once, 50 times", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+  await meet(a, b);
+  for (let round = 0; round < 50; round++) {
+    // Another media line makes another offer necessary, on both sides in the same moment.
+    const more = (page) => page.evaluate(() => void session.peerConnection().addTransceiver("audio", { direction: "recvonly" }));
+    await Promise.all([more(a), more(b)]);
+    const stable = (page) =>
+      page.evaluate(() => {
+        const pc = session.peerConnection();
+        return pc.signalingState === "stable" && pc.connectionState === "connected" && pc.getTransceivers().every((x) => x.mid !== null);
+      });
+    await until(`round ${round} settled`, async () => (await stable(a)) && (await stable(b)));
+  }
+  await meet(a, b, "after it all");
+  clean(a, b);
+});
+
+test("a session that begins with glare, 10 times", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  for (let round = 0; round < 10; round++) {
+    const appID = randomUUID();
+    await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+    await meet(a, b);
+    for (const page of [a, b]) await page.evaluate(() => session.close());
+  }
+  clean(a, b);
+});
+
+test("the server is killed and comes back: the channel goes on", async (t) => {
+  const first = await startParley(t);
+  const [a, b] = [await openPage(t, first.url), await openPage(t, first.url)];
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+  await meet(a, b);
+  for (const page of [a, b]) {
+    await page.evaluate(async () => {
+      globalThis.heard = 0;
+      const channel = await session.channel("greetings");
+      channel.addEventListener("message", () => heard++);
+      globalThis.talk = setInterval(() => channel.send("."), 20);
+    });
+  }
+  const goesOn = (page) => until("it goes on", async () => (await page.evaluate(() => ((globalThis.was ??= heard), heard > was + 20))));
+  await first.stop("SIGKILL");
+  for (const page of [a, b]) await until("offline", () => page.evaluate(() => session.state === "offline"));
+  await Promise.all([goesOn(a), goesOn(b)]);
+  await startParley(t, {}, first.port);
+  for (const page of [a, b]) await until("open again", () => page.evaluate(() => session.state === "open"));
+  for (const page of [a, b]) await page.evaluate(() => delete globalThis.was);
+  await Promise.all([goesOn(a), goesOn(b)]);
+  clean(a, b);
+});
+
+test("the network is cut before the channel opens: it opens all the same", async (t) => {
+  const { url, port } = await startParley(t);
+  const network = await startNetwork(t, port);
+  const [a, b] = [await openPage(t, url), await openPage(t, network.url)];
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+  await until("both there", () => a.evaluate(() => session.presence === "present"));
+  network.cut();
+  const greeting = Promise.all([greet(a), greet(b)]);
+  await new Promise((resolve) => setTimeout(resolve, 10_000)); // the length of the cut
+  network.mend();
+  assert.deepEqual(await greeting, ["hello from B", "hello from A"]);
+  clean(a, b);
+});
+
+test("a page that is loaded again is met again", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A", sid: "a" }), join(b, { appID, side: "B", sid: "b" })]);
+  await meet(a, b);
+  for (const [reloaded, other, side] of [[b, a, "B"], [a, b, "A"], [b, a, "B"]]) {
+    const replaced = other.evaluate(
+      () => new Promise((resolve) => session.addEventListener("peerconnection", () => resolve(greet(session, "greetings")), { once: true })),
+    );
+    await loadPage(reloaded, url);
+    await join(reloaded, { appID, side, sid: side.toLowerCase() });
+    assert.equal(await greet(reloaded), `hello from ${side === "A" ? "B" : "A"}`);
+    assert.equal(await replaced, `hello from ${side}`);
+  }
+  clean(a, b);
+});
+
+// An older client of the pair protocol: no subprotocol, no mail, no perfect
+// negotiation. A makes the offer and the channel, B answers.
+const joinOlder = (page, options) =>
+  page.evaluate(({ appID, side }) => {
+    const ws = new WebSocket(`${location.origin.replace("http", "ws")}/ws?appID=${appID}&side=${side}`);
+    const pc = new RTCPeerConnection();
+    const say = (frame) => ws.send(JSON.stringify(frame));
+    const describe = async () => {
+      await pc.setLocalDescription();
+      say({ type: pc.localDescription.type, sdp: pc.localDescription.sdp });
+    };
+    pc.onicecandidate = ({ candidate }) => candidate && say({ type: "ice", candidate });
+    globalThis.heard = new Promise((resolve) => {
+      const talk = (channel) => {
+        channel.onopen = () => channel.send("hello from an older " + side);
+        channel.onmessage = ({ data }) => resolve(data);
+      };
+      if (side === "B") pc.ondatachannel = ({ channel }) => talk(channel);
+      else talk(pc.createDataChannel("chat"));
+    });
+    ws.onopen = () => side === "A" && describe();
+    let turn = Promise.resolve();
+    ws.onmessage = ({ data }) => {
+      turn = turn.then(async () => {
+        const { type, sdp, candidate } = JSON.parse(data);
+        if (type === "ice") return pc.addIceCandidate(candidate);
+        if (type !== "offer" && type !== "answer") return;
+        await pc.setRemoteDescription({ type, sdp });
+        if (type === "offer") await describe();
+      });
+    };
+  }, options);
+
+for (const [ours, theirs] of [["A", "B"], ["B", "A"]]) {
+  test(`with an older client as ${theirs}`, async (t) => {
+    const { url } = await startParley(t);
+    const [a, b] = [await openPage(t, url), await openPage(t, url)];
+    const appID = randomUUID();
+    await join(a, { appID, side: ours });
+    const heard = a.evaluate(
+      (side) =>
+        new Promise((resolve) => {
+          const pc = session.peerConnection();
+          const talk = (channel) => {
+            channel.onmessage = ({ data }) => resolve(data);
+            const hello = () => channel.send("hello from " + side);
+            if (channel.readyState === "open") hello();
+            else channel.onopen = hello;
+          };
+          if (side === "A") talk(pc.createDataChannel("chat"));
+          else pc.ondatachannel = ({ channel }) => talk(channel);
+        }),
+      ours,
+    );
+    await joinOlder(b, { appID, side: theirs });
+    assert.equal(await heard, "hello from an older " + theirs);
+    assert.equal(await b.evaluate(() => heard), "hello from " + ours);
+    await until("a route", () => a.evaluate(() => session.route !== null));
+    clean(a, b);
+  });
+}
+
+test("a channel that was closed is opened anew", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+  await meet(a, b);
+  for (const closer of [a, b]) {
+    const closed = [a, b].map((page) =>
+      page.evaluate(async () => {
+        const channel = await session.channel("greetings");
+        globalThis.closing = new Promise((resolve) => channel.addEventListener("close", resolve));
+      }),
+    );
+    await Promise.all(closed);
+    await closer.evaluate(async () => (await session.channel("greetings")).close());
+    for (const page of [a, b]) await page.evaluate(() => closing.then(() => {}));
+    await meet(a, b);
+  }
+  clean(a, b);
+});
+
+test("a channel on a connection that is closed is refused", async (t) => {
+  const { url } = await startParley(t);
+  const a = await openPage(t, url);
+  await join(a, { appID: randomUUID(), side: "A" });
+  const code = await a.evaluate(async () => {
+    const opening = session.channel("never");
+    session.close();
+    return opening.then(() => "opened", (error) => error.code);
+  });
+  assert.equal(code, "closed");
+  const codes = await a.evaluate(async () => {
+    const later = await session.channel("later").catch((error) => error.code);
+    try {
+      return [later, session.peerConnection()];
+    } catch (error) {
+      return [later, error.code];
+    }
+  });
+  assert.deepEqual(codes, ["closed", "closed"]);
+  clean(a);
+});
+
+test("a room of four makes a full mesh", async (t) => {
+  const { url } = await startParley(t, { ROOMS: "open" });
+  const pages = await Promise.all([0, 1, 2, 3].map(() => openPage(t, url)));
+  const { code } = await pages[0].evaluate(() => parley.openRoom());
+  for (const [i, page] of pages.entries()) {
+    await page.evaluate(({ code, i }) => void (globalThis.session = parley.joinRoom({ server: location.origin, room: code, displayName: `player ${i}` })), { code, i });
+  }
+  for (const page of pages) await until("all there", () => page.evaluate(() => session.members.size === 3));
+  const heard = await Promise.all(
+    pages.map((page) => page.evaluate(() => Promise.all([...session.members.keys()].map(async (id) => (await greet(session, "game", id)) === "hello from " + id)))),
+  );
+  assert.deepEqual(heard, Array(4).fill([true, true, true]));
+  clean(...pages);
+});
