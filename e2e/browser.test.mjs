@@ -143,6 +143,24 @@ test("the network is cut before the channel opens: it opens all the same", async
   clean(a, b);
 });
 
+test("TURN credentials are replaced before they expire, also in the connection", async (t) => {
+  const { url } = await startParley(t, { TURN_URLS: "turn:turn.example", TURN_SECRET: "secret", TURN_TTL: "4s" });
+  const a = await openPage(t, url);
+  await join(a, { appID: randomUUID(), side: "A" });
+  await until("credentials", () => a.evaluate(() => session.iceServers.length === 1));
+  const seen = await a.evaluate(async () => {
+    const expiry = () => session.peerConnection().getConfiguration().iceServers[0].username.split(":")[0] * 1000;
+    const seen = [];
+    for (let last = 0; seen.length < 3; await new Promise((resolve) => setTimeout(resolve, 20))) {
+      if (expiry() !== last) seen.push([(last = expiry()), Date.now()]);
+      if (expiry() < Date.now()) return "expired";
+    }
+    return seen;
+  });
+  assert.equal(seen.length, 3, String(seen));
+  clean(a);
+});
+
 test("a page that is loaded again is met again", async (t) => {
   const { url } = await startParley(t);
   const [a, b] = [await openPage(t, url), await openPage(t, url)];

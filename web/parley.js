@@ -554,7 +554,8 @@ class ICEServers {
     const user = this.list.map((s) => /^(\d+):/.exec(s.username ?? "")).find(Boolean);
     if (!user && !ttl) return;
     const life = ttl ? ttl * 1000 : user[1] * 1000 - Date.now();
-    this.#timer = setTimeout(this.#ask, Math.min(Math.max(life * 0.8, 1_000), 2 ** 31 - 1));
+    const soon = Math.max(life * 0.8 - 1_000, 1_000); // a second is lost where times are whole ones
+    this.#timer = setTimeout(this.#ask, Math.min(soon, 2 ** 31 - 1));
   }
 
   stop() {
