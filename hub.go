@@ -201,8 +201,9 @@ type view struct {
 	peer    presence // of the other seat
 	peerV   int
 	resumed resumption
-	mail    bool // mail is waiting
-	held    bool // as of seat.Held
+	mail    bool   // mail is waiting
+	held    bool   // as of seat.Held
+	lastID  uint64 // the highest id of the mail that this claim has stored, or 0
 	room    *roomView
 }
 

@@ -447,7 +447,7 @@ func (s *memorySession) joinPair(r joinRequest, m *memorySeat, now time.Time) (v
 	m.session, m.slot = s, slot
 	slot.holder, slot.v = m, r.v
 	s.met(now)
-	v.mail, v.held = len(slot.mail) > 0, other.overfull(m)
+	v.mail, v.held, v.lastID = len(slot.mail) > 0, other.overfull(m), slot.ids.last
 	if v.peer = other.state(); v.peer != absent {
 		v.peerV = other.v
 	}

@@ -1571,20 +1571,27 @@ func testMailIDsOfClaim(h *hubTest) {
 			h.Errorf("after a %s: seq %d, want %d", what, s, seq)
 		}
 	}
+	// join joins A, who is shown the highest id of its claim.
+	join := func(as string, lastID uint64) {
+		h.Helper()
+		if a = h.join(as); a.view.lastID != lastID {
+			h.Errorf("%s sees that its mail was stored up to %d, want %d", as, a.view.lastID, lastID)
+		}
+	}
 	old := a
-	a = h.join("A x")
+	join("A x", 10)
 	old.wantOut(errReplaced, errReplaced)
 	again("takeover")
 	a.leave(false)
-	a = h.join("A x")
+	join("A x", 10)
 	again("return")
 
 	a.leave(true) // a new claim counts anew
-	a = h.join("A y")
+	join("A y", 0)
 	a.send(1, "of y")
 	a.leave(false)
 	h.advance(h.resumeTTL) // likewise when the reservation was over
-	a = h.join("A x")
+	join("A x", 0)
 	a.send(1, "of x")
 	if first, second := a.send(1, "again"), a.send(2, "second"); first+1 != second {
 		h.Errorf("id 1 has seq %d, the next %d", first, second)
@@ -1608,7 +1615,7 @@ func testMailToOneself(h *hubTest) {
 	a.takes("A: note")
 	a.leave(false)
 	a = h.join("A x").openMail(0)
-	a.wantView(view{resumed: resumedBack, mail: true})
+	a.wantView(view{resumed: resumedBack, mail: true, lastID: 1})
 	a.takes("A: note")
 	b := h.join("B").openMail(0)
 	b.takes()

@@ -366,6 +366,19 @@ func TestMailIdsBelongToAClaim(t *testing.T) {
 		b.send(`{"type":"send","payload":"A has mail, so its seat is not forgotten"}`)
 		synctest.Wait()
 
+		// Who comes back by its claim is told how far it was.
+		c := ts.join(wsDial{appID: id, side: "A", sid: "w", v1: true})
+		c.mail(7, `"x"`)
+		synctest.Wait()
+		c.end(dropped)
+		back := ts.join(wsDial{appID: id, side: "A", sid: "w", v1: true})
+		synctest.Wait()
+		if got := back.take()[0]; !strings.Contains(got, `"lastId":7,`) {
+			t.Error(got)
+		}
+		back.leave(websocket.StatusNormalClosure)
+		b.take()
+
 		// Without a claim, ids start anew with each connection.
 		a := first("", true)
 		a.end(dropped)

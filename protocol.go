@@ -513,6 +513,9 @@ func appendWelcome(dst []byte, side string, v view, heartbeat time.Duration, max
 	dst = append(dst, v.peer.String()...)
 	dst = append(dst, '"')
 	dst = appendPeerV(dst, v.peerV)
+	if v.lastID != 0 {
+		dst = strconv.AppendUint(append(dst, `,"lastId":`...), v.lastID, 10)
+	}
 	dst = append(dst, `,"heartbeat":`...)
 	dst = strconv.AppendInt(dst, heartbeat.Milliseconds(), 10)
 	dst = append(dst, `,"maxMessage":`...)

@@ -152,6 +152,28 @@ test("mail waits for a server that is not there yet, and is refused when it is t
   assert.deepEqual(got, ["early", null]);
 });
 
+test("a page that is loaded again goes on in its seat, and its mail is not taken for a repetition", async (t) => {
+  const { url: server } = await startParley(t);
+  const network = await startNetwork(t, Number(new URL(server).port));
+  const appID = randomUUID();
+  const b = open(t, { server, appID, side: "B" });
+  const got = inbox(b);
+  const sent = [];
+  for (let load = 0; load < 4; load++) {
+    const a = connect({ server: network.url, appID, side: "A", sid: "kept" });
+    for (let i = 0; i < 3; i++) {
+      sent.push(`${load}.${i}`);
+      await a.send(`${load}.${i}`);
+    }
+    // A page that goes away says nothing, and never comes back to this session.
+    network.kill();
+    await next(a, "offline");
+    a.close();
+  }
+  await until("all mail", () => got.length >= sent.length);
+  assert.deepEqual(got, sent);
+});
+
 test("what is too large is refused also when it was sent too early to know", async (t) => {
   const { url: server } = await startParley(t, { WS_MAX_MSG: "2048" });
   const a = open(t, { server, appID: randomUUID(), side: "A" });

@@ -593,10 +593,8 @@ export class Session extends EventTarget {
   #mailLimit = MAILBOX; // bytes
   #peerHere = deferred();
 
-  // Mail. IDs count up also over reloads, because they count for the claim of
-  // the seat, which outlives the page.
-  #nextID = Date.now() * 1000;
-  #outbox = []; // { id, text, sent, resolve, reject }, ascending
+  #nextID = 1; //    goes on where a page of before, with the same sid, has stopped
+  #outbox = []; //   mail { id, text, sent, resolve, reject } in order; id is 0 before it is first sent
   #full = 0; //    timer: the other's mailbox is full
   #watermark = 0; // the highest seq that was handled
   #acked = 0;
@@ -700,8 +698,9 @@ export class Session extends EventTarget {
     }
   }
 
-  #welcome({ polite, peer, peerV = 0, heartbeat, maxMessage, iceServers }) {
+  #welcome({ polite, peer, peerV = 0, lastId = 0, heartbeat, maxMessage, iceServers }) {
     this.#polite = polite;
+    this.#nextID = Math.max(this.#nextID, lastId + 1);
     this.#mailLimit = Math.min(maxMessage - ENVELOPE, MAILBOX);
     this.#link.welcomed(heartbeat);
     this.#ice.set(iceServers);
@@ -751,7 +750,7 @@ export class Session extends EventTarget {
     if (this.#state === "closed") return Promise.reject(closedError("The session is closed."));
     if (this.#outbox.length >= OUTBOX) return Promise.reject(new ParleyError("mailbox_full", `${OUTBOX} messages wait to be sent.`));
     return new Promise((resolve, reject) => {
-      this.#outbox.push({ id: this.#nextID++, text, sent: false, resolve, reject });
+      this.#outbox.push({ id: 0, text, sent: false, resolve, reject });
       this.#flush();
     });
   }
@@ -761,6 +760,7 @@ export class Session extends EventTarget {
     for (const mail of this.#outbox.slice(0, MAIL_WINDOW)) {
       if (mail.sent) continue;
       mail.sent = true;
+      mail.id ||= this.#nextID++;
       if (byteLength(mail.text) > this.#mailLimit) {
         // The server would end the connection for it, or never have room.
         this.#settle(mail.id).reject(new ParleyError("too_large", `A message may have ${this.#mailLimit} bytes, as JSON.`));
