@@ -12,15 +12,17 @@ import (
 
 // What JavaScript does with the server is tested in JavaScript, against the real
 // binary: by the client that parley replaces the server of, by our own, and by
-// the demo page in a browser. Each file of e2e/ is one test here.
+// the demo page in a browser. They mostly wait, and so run beside each other.
 
 // TestPublishedClients runs the npm client of the pair protocol.
 func TestPublishedClients(t *testing.T) {
+	t.Parallel()
 	server := startBinary(t)
 	runNode(t, "mailbox.test.mjs", "PARLEY_URL="+server.url(""))
 }
 
 func TestJavaScriptClient(t *testing.T) {
+	t.Parallel()
 	runNode(t, "client.test.mjs", "PARLEY_BIN="+buildBinary(t))
 	runNode(t, "types.test.mjs")
 	runNode(t, "vendor.test.mjs")
@@ -28,11 +30,14 @@ func TestJavaScriptClient(t *testing.T) {
 
 // TestBrowser has the client connect pages of a real browser with each other.
 func TestBrowser(t *testing.T) {
-	runNode(t, "browser.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+	t.Parallel()
+	runNode(t, "browser.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t),
+		"TURN_ADDR="+startCoturn(t, coturnSecret), "TURN_SECRET="+coturnSecret)
 }
 
 // TestDemo uses the demo page in a real browser, as people do.
 func TestDemo(t *testing.T) {
+	t.Parallel()
 	runNode(t, "demo.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
 }
 

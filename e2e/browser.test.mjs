@@ -143,6 +143,20 @@ test("the network is cut before the channel opens: it opens all the same", async
   clean(a, b);
 });
 
+test("through a TURN server, and known as such", async (t) => {
+  const { TURN_ADDR, TURN_SECRET } = process.env;
+  assert.ok(TURN_ADDR && TURN_SECRET, "TURN_ADDR and TURN_SECRET must name a TURN server, as TestBrowser does");
+  const { url } = await startParley(t, { TURN_URLS: `turn:${TURN_ADDR}`, TURN_SECRET });
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const appID = randomUUID();
+  const rtc = { iceTransportPolicy: "relay" };
+  await Promise.all([join(a, { appID, side: "A", rtc }), join(b, { appID, side: "B", rtc })]);
+  await meet(a, b);
+  for (const page of [a, b]) await until("the route", () => page.evaluate(() => session.route === "relay"));
+  await until("the server's count", async () => (await (await fetch(url + "/metrics")).text()).includes('parley_sessions_established_total{mode="relay"} 1'));
+  clean(a, b);
+});
+
 test("TURN credentials are replaced before they expire, also in the connection", async (t) => {
   const { url } = await startParley(t, { TURN_URLS: "turn:turn.example", TURN_SECRET: "secret", TURN_TTL: "4s" });
   const a = await openPage(t, url);

@@ -964,9 +964,9 @@ export class Room extends EventTarget {
 
   #receive({ from, payload }, signal) {
     if (!this.#members.has(from)) return;
-    const { pc = {}, ...rest } = payload ?? {};
+    const { pc, ...rest } = payload ?? {};
     if (signal.candidate) signal.candidate = rest;
-    this.#negotiator(from).receive({ ...signal, from: pc.from, to: pc.to });
+    this.#negotiator(from).receive({ ...signal, from: pc?.from, to: pc?.to });
   }
 
   #negotiator(peer) {
