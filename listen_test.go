@@ -693,3 +693,24 @@ func TestOpenFileLimit(t *testing.T) {
 		}
 	})
 }
+
+// What is printed at the start can be opened, and on another device too while
+// that is what the server is for.
+func TestAnnounce(t *testing.T) {
+	local := ""
+	if ip := localNetworkAddress(); ip != "" {
+		local = "on other devices: http://" + ip + ":80\n"
+	}
+	for _, tt := range []struct{ env, host, want string }{
+		{"DEV=true", "0.0.0.0", "listens on http://localhost:80\n" + local + "try: curl -fsS -X POST http://localhost:80/rendezvous/code\n"},
+		{"DEV=true", "::", "listens on http://localhost:80\n" + local + "try: "},
+		{"DEV=true", "127.0.0.1", "listens on http://127.0.0.1:80\ntry: "},
+		{"DEV=false", "0.0.0.0", "listens on http://localhost:80\ntry: "},
+	} {
+		var out bytes.Buffer
+		announce(&out, mustLoad(t, nil, tt.env), &net.TCPAddr{IP: net.ParseIP(tt.host), Port: 80})
+		if !strings.Contains(out.String(), tt.want) {
+			t.Errorf("%s, %s: %q, want %q", tt.env, tt.host, out.String(), tt.want)
+		}
+	}
+}

@@ -115,18 +115,33 @@ func announce(w io.Writer, cfg *config, addr net.Addr) {
 	if cfg.tlsCertFile != "" {
 		scheme = "https"
 	}
-	where, url := "unix:"+addr.String(), scheme+"://localhost"
+	where, url, others := "unix:"+addr.String(), scheme+"://localhost", ""
 	if addr.Network() == "unix" {
 		curl += " --unix-socket " + addr.String()
 	} else {
 		host, port, _ := net.SplitHostPort(addr.String())
 		if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
 			host = "localhost"
+			if local := localNetworkAddress(); cfg.dev && local != "" {
+				others = "on other devices: " + scheme + "://" + net.JoinHostPort(local, port) + "\n"
+			}
 		}
 		url = scheme + "://" + net.JoinHostPort(host, port)
 		where = url
 	}
-	fmt.Fprintf(w, "parley %s listens on %s\ntry: %s %s/rendezvous/code\n", buildVersion().Version, where, curl, url)
+	fmt.Fprintf(w, "parley %s listens on %s\n%stry: %s %s/rendezvous/code\n", buildVersion().Version, where, others, curl, url)
+}
+
+// localNetworkAddress returns an address that other devices of a home or office
+// network reach this machine at, or "".
+func localNetworkAddress() string {
+	addrs, _ := net.InterfaceAddrs()
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+			return n.IP.String()
+		}
+	}
+	return ""
 }
 
 // newParley puts a server together with everything in this process's memory.
