@@ -2,116 +2,210 @@
 // way; and everything that goes wrong in its own words.
 
 import assert from "node:assert/strict";
-import { createHash, randomBytes } from "node:crypto";
-import { createReadStream } from "node:fs";
 import { test } from "node:test";
 
-import { chromium } from "playwright-core";
+import {
+  MiB, allow, card, clean, connected, diskSum, giveDisk, mintCode, mintLink, openDevice, pairByCode, pairByLink, save, says, sendRandom, startBrowser, stored,
+  transfer, typeCode, verifiedByLink,
+} from "./demo-support.mjs";
+import { startNetwork, startParley, until } from "./support.mjs";
 
-import { startParley, until } from "./support.mjs";
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-  args: ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns"],
-});
-test.after(() => browser.close());
-
-async function device(t, url) {
-  const context = await browser.newContext({ acceptDownloads: true });
-  t.after(() => context.close());
-  const page = await context.newPage();
-  page.errors = [];
-  page.on("pageerror", (error) => page.errors.push(String(error)));
-  page.on("console", (m) => m.type() === "error" && !/Failed to load resource/.test(m.text()) && page.errors.push(m.text()));
-  await page.goto(url);
-  return page;
-}
-
-const clean = (...pages) => pages.forEach((page) => assert.deepEqual(page.errors, []));
-
-async function mintCode(page) {
-  await page.click("#mint");
-  await until("a code", async () => /^\d{4,9}$/.test((await page.textContent("#code")).replace(/\s/g, "")));
-  return (await page.textContent("#code")).replace(/\s/g, "");
-}
-
-async function typeCode(page, code) {
-  await page.fill("#code-input", code);
-  await page.press("#code-input", "Enter");
-}
-
-const says = (page, selector, words) =>
-  until(`${selector} says ${words}`, async () => words.test((await page.textContent(selector).catch(() => "")) ?? ""));
-
-// transfer sends a file and returns what arrives.
-async function transfer(from, to, name, buffer) {
-  await from.setInputFiles("#files", { name, mimeType: "application/octet-stream", buffer });
-  const link = to.locator('.transfer[data-direction="in"][data-state="done"] a[download]').first();
-  await link.waitFor({ timeout: 60_000 });
-  const [download] = await Promise.all([to.waitForEvent("download"), link.click()]);
-  assert.equal(download.suggestedFilename(), name);
-  const hash = createHash("sha256");
-  for await (const chunk of createReadStream(await download.path())) hash.update(chunk);
-  assert.equal(hash.digest("hex"), createHash("sha256").update(buffer).digest("hex"));
-}
+const browser = await startBrowser(test);
 
 test("by code: the people compare, and files go both ways", async (t) => {
   const { url } = await startParley(t);
-  const [a, b] = [await device(t, url), await device(t, url)];
-  await typeCode(b, await mintCode(a));
-  for (const page of [a, b]) await says(page, "#status", /connected/i);
-  const shown = await Promise.all([a, b].map(async (page) => {
-    await page.locator("#emoji").waitFor();
-    await says(page, "#emoji", /\p{L}/u);
-    return page.textContent("#emoji");
-  }));
-  assert.equal(shown[0], shown[1]);
-  for (const page of [a, b]) await page.click("#match");
-  await transfer(a, b, "from a.bin", randomBytes(3_000_000));
-  await transfer(b, a, "from b.bin", randomBytes(100));
-  await transfer(a, b, "empty.bin", Buffer.alloc(0));
+  const [a, b] = await pairByCode(t, browser, url);
+  await connected(a, b);
+  const shown = await Promise.all([a, b].map((page) => page.locator("#emoji li").allInnerTexts()));
+  assert.equal(shown[0].length, 5);
+  assert.deepEqual(shown[0], shown[1]);
+  for (const page of [a, b]) {
+    await page.click("#match");
+    await says(page, "#verified", /^Verified by comparing$/);
+  }
+  await transfer(a, b, "from a.bin", 3_000_000);
+  await transfer(b, a, "from b.bin", 100);
+  await transfer(a, b, "empty.bin", 0);
   clean(a, b);
 });
 
-test("by link: nobody compares", async (t) => {
+test("by link: nobody compares, and 64 MiB go both ways", async (t) => {
   const { url } = await startParley(t);
-  const a = await device(t, url);
-  const code = await mintCode(a);
-  const link = await a.evaluate(() => {
-    const e = document.querySelector("#link");
-    return e.href || e.value || e.textContent;
-  });
+  const a = await openDevice(t, browser, url);
+  const link = await mintLink(a);
+  const code = await a.textContent("#code");
   assert.match(link, new RegExp(`^${url}/#${code}\\.[A-Za-z0-9_-]{22}$`));
-  const b = await device(t, link);
-  for (const page of [a, b]) await page.locator("#verified").waitFor({ state: "visible" });
-  assert.ok(!b.url().includes(code), "the address bar still has the code");
-  for (const page of [a, b]) assert.equal(await page.locator("#emoji").isVisible(), false);
-  await transfer(b, a, "photo.jpg", randomBytes(200_000));
-  clean(a, b);
-});
-
-test("64 MiB either way", async (t) => {
-  const { url } = await startParley(t);
-  const [a, b] = [await device(t, url), await device(t, url)];
-  await typeCode(b, await mintCode(a));
-  for (const page of [a, b]) await says(page, "#status", /connected/i);
-  const buffer = randomBytes(48 << 20); // what a test driver takes is bounded
-  await transfer(a, b, "large.bin", buffer);
-  await transfer(b, a, "large too.bin", buffer);
+  const b = await openDevice(t, browser, link);
+  await verifiedByLink(a, b);
+  assert.equal(b.url(), url + "/", "the code and the key left the address bar");
+  for (const page of [a, b]) assert.equal(await page.locator("#compare").isVisible(), false);
+  await transfer(a, b, "large.bin", 64 * MiB);
+  await transfer(b, a, "large too.bin", 64 * MiB);
+  const [[one], [other]] = await Promise.all([sendRandom(a, { "one.bin": 8 * MiB }), sendRandom(b, { "other.bin": 8 * MiB })]);
+  assert.deepEqual([await save(b, "one.bin"), await save(a, "other.bin")], [one, other], "both at once");
   clean(a, b);
 });
 
 test("codes that do not work, each in its own words", async (t) => {
   const { url } = await startParley(t, { REDEEM_FAILS: "3" });
-  const [a, b, c] = [await device(t, url), await device(t, url), await device(t, url)];
-  await typeCode(b, "0000");
-  await says(b, "#error", /wrong|used|expired/i);
+  const [a, b, c] = [await openDevice(t, browser, url), await openDevice(t, browser, url), await openDevice(t, browser, url)];
+  await typeCode(b, "12");
+  await says(b, "#error", /^A code has 4 to 9 digits\.$/);
+  await typeCode(b, "000000");
+  await says(b, "#error", /^That code is wrong, already used or expired/);
+  await b.goto(`${url}/#1234.tooshort`);
+  await says(b, "#error", /^This link is not complete\./);
+
   const code = await mintCode(a);
   await typeCode(b, code);
-  for (const page of [a, b]) await says(page, "#status", /connected/i);
+  await connected(a, b);
   await typeCode(c, code);
-  await says(c, "#error", /wrong|used|expired/i);
-  for (const guess of ["111111", "222222", "333333"]) await typeCode(c, guess);
-  await says(c, "#error", /too many|wait/i);
+  await says(c, "#error", /^That code is wrong, already used or expired/);
+  await says(a, "#notice", /^Someone else tried your code\./);
+  await connected(a, b); // all the same
+
+  await typeCode(c, "111111"); // the third that fails
+  await typeCode(c, "222222");
+  await says(c, "#error", /^Too many wrong codes came from your network\. Try again in \d+ (s|min)/);
   clean(a, b, c);
+});
+
+test("a code that has expired is told on both devices", async (t) => {
+  const { url } = await startParley(t, { ROOM_TTL: "2s" });
+  const [a, b] = [await openDevice(t, browser, url), await openDevice(t, browser, url)];
+  const code = await mintCode(a);
+  await says(a, "#countdown", /^Valid for 0:0[12]$/);
+  await says(a, "#countdown", /^This code has expired$/);
+  assert.equal(await a.locator("#qr").isVisible(), false);
+  await typeCode(b, code);
+  await says(b, "#error", /^That code is wrong, already used or expired/);
+  await a.click("#mint-again");
+  await says(a, "#countdown", /^Valid/);
+  await typeCode(b, await a.textContent("#code"));
+  await connected(a, b);
+  clean(a, b);
+});
+
+for (const appIDs of ["any", "minted"]) {
+  test(`the server is killed in the middle of a transfer and comes back: it goes on (APP_IDS=${appIDs})`, async (t) => {
+    const first = await startParley(t, { APP_IDS: appIDs });
+    const [a, b] = await pairByLink(t, browser, first.url);
+    await giveDisk(b, 8 * MiB);
+    const [sum] = await sendRandom(a, { "film.mkv": 96 * MiB });
+    await card(b, "in", "film.mkv").getByRole("button", { name: "Save" }).click();
+    await stored(b, 8 * MiB);
+
+    await first.stop("SIGKILL");
+    for (const page of [a, b]) await says(page, "#status", /^Connected directly\. The server is away; transfers go on\.$/);
+    await allow(b, 32 * MiB);
+    await stored(b, 32 * MiB);
+
+    await startParley(t, { APP_IDS: appIDs }, first.port);
+    // A server that takes only sessions it has minted knows none any more.
+    const back = appIDs === "any" ? /^Connected directly$/ : /^Connected directly\. The server has ended this session; transfers go on\.$/;
+    for (const page of [a, b]) await says(page, "#status", back);
+    await allow(b, Infinity);
+    await card(b, "in", "film.mkv", "done").waitFor();
+    await card(a, "out", "film.mkv", "done").waitFor();
+    assert.equal(await diskSum(b), sum);
+    clean(a, b);
+  });
+}
+
+test("a network that is cut is shown, and heals", async (t) => {
+  const { url, port } = await startParley(t);
+  const network = await startNetwork(t, port);
+  const b = await openDevice(t, browser, network.url);
+  const code = await mintCode(b);
+  network.cut();
+  await says(b, "#status", /^This device is offline, retrying$/);
+  await says(b, "#status-count", /^in \d+ s$/);
+  network.mend();
+  await says(b, "#status", /^Waiting for the other device$/);
+
+  const a = await openDevice(t, browser, url);
+  await typeCode(a, code);
+  await connected(a, b);
+  for (const page of [a, b]) await page.click("#match");
+  await giveDisk(b, 8 * MiB);
+  const [sum] = await sendRandom(a, { "film.mkv": 70 * MiB });
+  await card(b, "in", "film.mkv").getByRole("button", { name: "Save" }).click();
+  await stored(b, 8 * MiB);
+  network.cut();
+  await says(b, "#status", /^Connected directly\. The server is away; transfers go on\.$/);
+  await allow(b, 16 * MiB);
+  await stored(b, 16 * MiB);
+  network.mend();
+  await connected(a, b);
+  await allow(b, Infinity);
+  await card(b, "in", "film.mkv", "done").waitFor();
+  assert.equal(await diskSum(b), sum);
+  clean(a, b);
+});
+
+test("either side cancels on the way, and the next file goes", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = await pairByLink(t, browser, url);
+  for (const [i, canceller] of [a, b].entries()) {
+    await giveDisk(b, 4 * MiB);
+    const [, sum] = await sendRandom(a, { [`long ${i}`]: 80 * MiB, [`next ${i}`]: 100_000 });
+    await card(b, "in", `long ${i}`).getByRole("button", { name: "Save" }).click();
+    await stored(b, 4 * MiB);
+    await card(canceller, canceller === a ? "out" : "in", `long ${i}`).getByRole("button", { name: "Cancel" }).click();
+    await allow(b, Infinity); // what was being written
+    const other = canceller === a ? card(b, "in", `long ${i}`) : card(a, "out", `long ${i}`);
+    await other.getByText("Cancelled by the other device").waitFor();
+    await until("the disk gives up what it had", () => b.evaluate(() => disk.end === "aborted"));
+    assert.equal(await save(b, `next ${i}`), sum);
+  }
+  clean(a, b);
+});
+
+test("large files are offered first: to disk, or declined", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = await pairByLink(t, browser, url);
+  await giveDisk(b);
+  const [sum] = await sendRandom(a, { "film.mkv": 70 * MiB });
+  const offer = card(b, "in", "film.mkv", "offered");
+  await offer.getByText("Where should it go?").waitFor();
+  await card(a, "out", "film.mkv", "offered").getByText("Waiting").waitFor();
+  await offer.getByRole("button", { name: "Save" }).click();
+  await card(b, "in", "film.mkv", "done").getByText("Saved, checked").waitFor();
+  assert.equal(await diskSum(b), sum);
+  assert.equal(await b.evaluate(() => disk.name), "film.mkv");
+
+  await sendRandom(a, { "film 2.mkv": 70 * MiB });
+  await card(b, "in", "film 2.mkv").getByRole("button", { name: "Decline" }).click();
+  await card(a, "out", "film 2.mkv", "cancelled").getByText("Declined by the other device").waitFor();
+  clean(a, b);
+});
+
+test("a page that is reloaded keeps its code, and comes back to its session", async (t) => {
+  const { url } = await startParley(t);
+  const a = await openDevice(t, browser, url);
+  const link = await mintLink(a);
+  await a.reload();
+  await a.locator("#screen-code").waitFor();
+  assert.equal(await a.getAttribute("#link", "href"), link);
+  const b = await openDevice(t, browser, link);
+  await verifiedByLink(a, b);
+  for (const page of [b, a]) {
+    await page.reload();
+    await connected(a, b);
+    await verifiedByLink(a, b);
+    await transfer(a, b, `after a reload of ${page === a ? "a" : "b"}`, 100_000);
+  }
+  clean(a, b);
+});
+
+test("whoever comes with another key than the link's is turned away by both", async (t) => {
+  const { url } = await startParley(t);
+  const a = await openDevice(t, browser, url);
+  const link = await mintLink(a);
+  const b = await openDevice(t, browser, link.replace(/\..{22}$/, "." + "A".repeat(22)));
+  for (const page of [a, b]) {
+    await says(page, "#warning-title", /^Stop: this may not be the device you meant$/);
+    assert.equal(await page.locator("#screen-room").isVisible(), false);
+  }
+  clean(a, b);
 });

@@ -286,7 +286,8 @@ function status() {
   const connection = pc?.connectionState;
   if (open && connection === "connected") {
     const how = session.route === "relay" ? "Connected through a relay" : session.route ? "Connected directly" : "Connected";
-    if (ended || session.state !== "open") return ["connected", `${how}. The server is away; transfers go on.`];
+    if (ended) return ["connected", `${how}. The server has ended this session; transfers go on.`];
+    if (session.state !== "open") return ["connected", `${how}. The server is away; transfers go on.`];
     return ["connected", how];
   }
   if (ended) return ["interrupted", "The connection was interrupted. The server does not know this session any more."];

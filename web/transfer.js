@@ -401,6 +401,7 @@ class DiskSink {
   #buffer = new Uint8Array(WRITE);
   #used = 0;
   #tail = Promise.resolve();
+  #over = false;
 
   constructor(writable, onstored, onerror) {
     this.#writable = writable;
@@ -422,7 +423,8 @@ class DiskSink {
   }
 
   abort() {
-    this.#tail = this.#tail.then(() => this.#writable.abort()).catch(() => {});
+    this.#over = true;
+    this.#writable.abort().catch(() => {});
   }
 
   #flush() {
@@ -430,7 +432,9 @@ class DiskSink {
     this.#buffer = new Uint8Array(WRITE);
     this.#used = 0;
     this.#tail = this.#tail.then(async () => {
+      if (this.#over) return;
       await this.#writable.write(bytes);
+      if (this.#over) return;
       this.stored += bytes.length;
       this.#onstored();
     });
