@@ -13,7 +13,7 @@
 
 import { sha256 } from "./vendor/noble-hashes/sha2.js";
 
-const CHUNK = 64 * 1024;
+const CHUNK = 256 * 1024; //     what browsers take as one message, or less
 const SLICE = 4 * 1024 * 1024; //   read at once, one ahead
 const HIGH = 4 * 1024 * 1024; //    bufferedAmount at which sending pauses
 const LOW = 1024 * 1024; //         and at which it goes on
