@@ -253,8 +253,9 @@ export class Transfer extends EventTarget {
 
   #offered({ id, name, size, type }) {
     if (typeof id !== "string" || !/^[\w-]{1,32}$/.test(id) || this.#in.has(id) || this.#out.has(id)) return;
-    const waiting = [...this.#in.values()].filter((item) => !isOver(item)).length;
-    if (waiting >= MAX_OFFERS || !Number.isSafeInteger(size) || size < 0 || typeof name !== "string") {
+    // The sender counts those that wait; here those under way count as well.
+    const open = [...this.#in.values()].filter((item) => !isOver(item)).length;
+    if (open >= 2 * MAX_OFFERS || !Number.isSafeInteger(size) || size < 0 || typeof name !== "string") {
       return this.#tell({ t: "cancel", id });
     }
     const item = newItem("in", id, cleanName(name), size, typeof type === "string" ? type.slice(0, 100) : "");
