@@ -6,11 +6,14 @@ import { Transfer } from "./transfer.js";
 import { verify, fingerprints } from "./verify.js";
 import { qrcode } from "./vendor/qrcode.mjs";
 
-const ASK_ABOVE = 64 * 1024 * 1024; // bytes: larger files go to disk, where the browser can
-const PATIENCE = 20_000; //            ms of connecting, after which the page says why it may take so long
+const ASK_ABOVE = 64 * 1024 * 1024; //  bytes: larger files go to disk, where the browser can
+const ASK_BEYOND = 512 * 1024 * 1024; // bytes of all files that the page keeps: no more without asking
+const PATIENCE = 20_000; //             ms of connecting, after which the page says why it may take so long
+const REOPEN = 1_000; //                ms, after which a channel that was closed is opened anew
 const STORE = "parley-demo";
 
 const $ = (id) => document.getElementById(id);
+const hasPicker = () => "showSaveFilePicker" in window;
 const testing = location.search.includes("test");
 
 // --- State.
@@ -30,6 +33,7 @@ let ended = false; //     the server ended the session, while the devices are st
 let unused = null; //     { code, key } of a link that did not get through yet
 let busy = false; //      a code is being minted or redeemed
 let connectedOnce = false; // on this peer connection
+let screen = "";
 
 function keep() {
   try {
@@ -97,7 +101,7 @@ async function once(work) {
 // enter takes a seat, for the first time or after a reload.
 function enter(newSeat) {
   leave();
-  clearCards();
+  clearCards(({ url, saved }) => url && !saved);
   seat = newSeat;
   keep();
   session = connect({ appID: seat.appID, side: seat.side, sid: seat.sid });
@@ -141,7 +145,7 @@ function paired() {
 }
 
 // meet is called for each peer connection: the other page may be reloaded.
-async function meet(s, fresh) {
+function meet(s, fresh) {
   transfer?.close("The connection to the other device was replaced.");
   pc = fresh;
   transfer = channel = verified = proven = null;
@@ -154,36 +158,64 @@ async function meet(s, fresh) {
   });
   fresh.addEventListener("signalingstatechange", () => current() && recheck());
   update();
+  talk(s, fresh);
+}
+
+// talk opens the channels, verifies who is at the other end, and lets files go.
+async function talk(s, fresh) {
+  const current = () => s === session && fresh === pc;
   try {
-    const opening = [s.channel("verify"), s.channel("files")];
-    opening[1].then((files) => current() && ready(files), () => {});
-    const proof = await opening[0];
-    const result = await verify({ pc: fresh, channel: proof, role: seat.side, key: seat.key && fromBase64(seat.key) });
-    await opening[1];
+    const opening = s.channel("files");
+    opening.then((files) => current() && ready(s, fresh, files), () => {});
+    if (!verified) {
+      const proof = await s.channel("verify");
+      const result = await verify({ pc: fresh, channel: proof, role: seat.side, key: seat.key && fromBase64(seat.key) });
+      await opening;
+      if (!current()) return;
+      verified = result.mode;
+      proven = JSON.stringify(fingerprints(fresh, seat.side));
+      if (result.mode === "compare") showEmoji(result.emoji);
+      announce(result.mode === "key" ? "The other device is verified by the link." : "Compare the five pictures on both devices.");
+    }
+    await opening;
     if (!current()) return;
-    verified = result.mode;
-    proven = JSON.stringify(fingerprints(fresh, seat.side));
-    if (result.mode === "compare") showEmoji(result.emoji);
-    transfer?.release();
-    announce(result.mode === "key" ? "The other device is verified by the link." : "Compare the five pictures on both devices.");
+    transfer.release();
   } catch (error) {
     if (!current()) return;
     if (error.name === "PeerNotAuthentic") return notAuthentic();
-    if (error.name === "VerifyFailed" && channel?.readyState === "open") unverifiable(error);
+    if (error.name === "VerifyFailed" && channel?.readyState === "open") return unverifiable(error);
+    reopen(s, fresh);
   }
   update();
 }
 
-function ready(files) {
+// reopen makes up for a channel that was closed while the devices are still
+// connected. Who the other is stays proven.
+function reopen(s, its) {
+  setTimeout(() => {
+    if (s === session && its === pc && verified && its.connectionState === "connected") talk(s, its);
+  }, REOPEN);
+}
+
+function ready(s, fresh, files) {
   channel = files;
   connectedOnce = true;
   // Nothing goes over before it is known how the other device is verified.
-  transfer = new Transfer({ channel: files, pc, held: true, askFirst: ({ size }) => size > ASK_ABOVE && "showSaveFilePicker" in window });
-  files.addEventListener("close", () => files === channel && update());
+  transfer = new Transfer({ channel: files, pc: fresh, held: true, askFirst });
+  files.addEventListener("close", () => {
+    if (files !== channel) return;
+    update();
+    reopen(s, fresh);
+  });
   transfer.addEventListener("add", ({ detail }) => addCard(transfer, detail));
   transfer.addEventListener("update", ({ detail }) => updateCard(detail));
   paired();
   update();
+}
+
+// askFirst says whether a file that is offered waits until someone accepts it.
+function askFirst({ size }) {
+  return (hasPicker() && size > ASK_ABOVE) || size > ASK_BEYOND - inMemory();
 }
 
 // recheck makes sure that a renegotiation did not bring in someone else.
@@ -208,6 +240,7 @@ function leave(reason = "The session was ended.") {
   ended = connectedOnce = false;
   keep();
   notice();
+  clearCards(({ url }) => url);
 }
 
 function over(error) {
@@ -232,6 +265,12 @@ function unverifiable(error) {
 }
 
 function warn(title, text) {
+  for (const item of received) {
+    if (cards.get(item).owner !== transfer || !item.url) continue;
+    item.note = "From a device that is not verified";
+    cards.get(item).card.classList.add("doubtful");
+    updateCard(item);
+  }
   leave("Stopped: the other device is not verified.");
   tell();
   $("warning-title").textContent = title;
@@ -295,7 +334,7 @@ function status() {
   if (session.state === "connecting") return ["connecting", "Connecting to the server"];
   if (session.presence === "away") return ["away", "The other device is away, waiting for it"];
   if (session.presence !== "present") return ["waiting", seat.paired && seat.side === "A" || connectedOnce ? "The other device has left, waiting for it" : "Waiting for the other device"];
-  if (channel && !open) return ["interrupted", "The connection to the other device was closed. Reload this page to connect again."];
+  if (channel && !open && !verified) return ["interrupted", "The connection to the other device was closed. Reload this page to connect again."];
   if (connectedOnce) return ["interrupted", "The connection was interrupted, reconnecting"];
   if (Date.now() - connectingSince > PATIENCE) return ["connecting", "Still connecting. Perhaps these networks do not let the devices reach each other."];
   return ["connecting", "Connecting to the other device"];
@@ -322,8 +361,10 @@ function size(bytes) {
 // --- Screens.
 
 function show(name) {
+  screen = name;
   for (const section of document.querySelectorAll("[data-screen]")) section.hidden = section.id !== `screen-${name}`;
   $("leave").hidden = !session;
+  updateTransfers();
   // Whoever cannot see the screen change hears its title.
   document.querySelector(`#screen-${name} h2`).focus({ preventScroll: true });
   scrollTo(0, 0);
@@ -393,6 +434,7 @@ function showEmoji(emoji) {
 
 // update shows what is, wherever that changed.
 function update() {
+  updateTransfers();
   $("status-line").hidden = !session;
   $("leave").hidden = !session;
   if (!session) {
@@ -407,11 +449,21 @@ function update() {
 
   setText($("verified"), verified === "key" ? "Verified by link" : verified === "match" ? "Verified by comparing" : "");
   $("verified").hidden = verified !== "key" && verified !== "match";
-  $("unverified").hidden = $("compare").hidden = verified !== "compare";
+  $("unverified").hidden = !$("verified").hidden;
+  $("compare").hidden = verified !== "compare";
   const may = transfer && verified && channel.readyState === "open";
   $("files").disabled = !may;
   $("drop").classList.toggle("off", !may);
-  $("no-transfers").hidden = $("transfers").childElementCount > 0;
+}
+
+// updateTransfers shows transfers beside the room, and what is left of them when
+// that is gone.
+function updateTransfers() {
+  const some = $("transfers").childElementCount > 0;
+  $("no-transfers").hidden = some;
+  $("transfers-box").hidden = !some || screen === "warning";
+  $("transfers-title").className = screen === "room" ? "sr" : "";
+  setText($("transfers-title"), screen === "room" ? "Transfers" : "Files you have received");
 }
 
 // setText leaves alone what is the same, which would be read out again.
@@ -457,16 +509,34 @@ function addCard(owner, item) {
   part(".t-size").textContent = size(item.size);
   it.bar.setAttribute("aria-label", `${item.direction === "out" ? "Sending" : "Receiving"} ${item.name}`);
   cards.set(item, it);
+  if (item.direction === "in") received.add(item);
   $("transfers").prepend(card);
   updateCard(item);
   update();
   if (item.waiting) announce(`The other device offers ${item.name}.`);
 }
 
-// clearCards forgets the files of the session before.
-function clearCards() {
-  for (const link of document.querySelectorAll(".transfer a[download]")) URL.revokeObjectURL(link.href);
-  $("transfers").replaceChildren();
+// received has the files that came in, whichever session that was.
+const received = new Set();
+
+// inMemory returns how many bytes of files this page keeps, or will have to.
+function inMemory() {
+  let bytes = 0;
+  for (const { url, disk, state, size } of received) if (url || (state === "active" && !disk)) bytes += size;
+  return bytes;
+}
+
+// clearCards removes the cards of all transfers, except files that are to be kept.
+function clearCards(keeps) {
+  const kept = [...received].filter(keeps).map((item) => cards.get(item).card);
+  for (const item of received) if (!keeps(item)) forget(item);
+  for (const card of [...$("transfers").children]) if (!kept.includes(card)) card.remove();
+}
+
+function forget(item) {
+  if (item.url) URL.revokeObjectURL(item.url);
+  received.delete(item);
+  cards.get(item).card.remove();
 }
 
 function updateCard(item) {
@@ -476,7 +546,7 @@ function updateCard(item) {
   bar.value = item.size ? item.bytes / item.size : 1;
   setText(it.note, noteOf(item));
   setText(it.speed, item.state === "active" ? paceOf(item) : "");
-  const now = `${item.state} ${item.waiting}`;
+  const now = `${item.state} ${item.waiting} ${item.saved}`;
   if (now === it.shown) return;
   it.shown = now;
   card.dataset.state = item.state;
@@ -489,7 +559,8 @@ function updateCard(item) {
 function noteOf(item) {
   switch (item.state) {
     case "offered":
-      return item.waiting ? "Where should it go?" : "Waiting";
+      if (!item.waiting) return "Waiting";
+      return hasPicker() ? "Where should it go?" : "This page will keep it in memory until you save it";
     case "active":
       return item.bytes >= item.size ? "Checking" : `${size(item.bytes)} of ${size(item.size)}`;
     default:
@@ -506,11 +577,20 @@ function paceOf({ bytes, size: total, speed, remaining }) {
 function actionsOf(owner, item) {
   if (item.state === "done" && item.url) {
     const link = document.createElement("a");
-    Object.assign(link, { href: item.url, download: item.name, className: "button primary", textContent: "Save" });
+    Object.assign(link, { href: item.url, download: item.name, className: item.saved ? "button" : "button primary", textContent: "Save" });
     link.setAttribute("aria-label", `Save ${item.name}`);
-    return [link];
+    link.addEventListener("click", () => {
+      item.saved = true; // or so it seems; a page is not told
+      setTimeout(() => updateCard(item), 0);
+    });
+    const remove = button("Remove", "remove quiet", item, () => removeFile(item));
+    remove.textContent = "✕";
+    return [link, remove];
   }
-  if (item.waiting) return [button("Save", "primary", item, () => saveTo(owner, item)), button("Decline", "", item, () => owner.cancel(item))];
+  if (item.waiting) {
+    const accept = hasPicker() ? button("Save", "primary", item, () => saveTo(owner, item)) : button("Receive", "primary", item, () => owner.accept(item));
+    return [accept, button("Decline", "", item, () => owner.cancel(item))];
+  }
   if (item.state === "offered" || item.state === "active") return [button("Cancel", "", item, () => owner.cancel(item))];
   if (item.file) return [button("Send again", "", item, () => sendAgain(item))];
   return [];
@@ -528,6 +608,13 @@ function sendAgain(item) {
   if (!sendFiles([item.file])) return;
   cards.get(item).card.remove();
   $("files").focus();
+}
+
+function removeFile(item) {
+  forget(item);
+  update();
+  ($("transfers-box").hidden ? document.querySelector(`#screen-${screen} h2`) : $("transfers-title")).focus();
+  announce(`${item.name} is removed.`);
 }
 
 async function saveTo(owner, item) {
@@ -630,7 +717,10 @@ document.addEventListener("paste", (event) => {
   sendFiles(files);
 });
 
-addEventListener("beforeunload", (event) => transfer?.active && event.preventDefault());
+// What is under way, or only in this page, would be lost.
+addEventListener("beforeunload", (event) => {
+  if (transfer?.active || [...received].some(({ url, saved }) => url && !saved)) event.preventDefault();
+});
 addEventListener("hashchange", fromAddress);
 
 setInterval(() => {

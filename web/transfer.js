@@ -24,13 +24,15 @@ const PART = 16 * 1024 * 1024; //   of a Blob; browsers keep large ones on disk
 const MAX_OFFERS = 100; //          that wait, in one direction
 const TICK = 100; //                ms between two updates
 const SMOOTH = 3_000; //            ms over which speed is averaged
+const LOST = "The connection to the other device was lost.";
 
 /**
  * The files between two devices. Events: `add` and `update`, both with an item
  * as detail: { id, direction: "in" | "out", name, size, type, bytes, speed,
  * remaining, state: "offered" | "active" | "done" | "failed" | "cancelled",
- * note, waiting, url, sha256 }. `waiting` says that an offer waits for this
- * side's answer.
+ * note, waiting, disk, url, sha256 }. `waiting` says that an offer waits for
+ * this side's answer, `disk` that the file goes to disk; others get a `url` in
+ * the end, which is the page's to revoke.
  */
 export class Transfer extends EventTarget {
   #channel;
@@ -63,7 +65,7 @@ export class Transfer extends EventTarget {
     const options = { signal: this.#stop.signal };
     channel.addEventListener("message", ({ data }) => this.#received(data), options);
     channel.addEventListener("bufferedamountlow", () => this.#wake(), options);
-    channel.addEventListener("close", () => this.close("The connection to the other device was lost."), options);
+    channel.addEventListener("close", () => this.close(LOST), options);
   }
 
   get items() {
@@ -102,6 +104,7 @@ export class Transfer extends EventTarget {
     }
     const stored = () => this.#stored(item);
     item.sink = writable ? new DiskSink(writable, stored, (error) => this.#sinkFailed(item, error)) : new BlobSink(stored);
+    item.disk = Boolean(writable);
     item.hash = sha256.create();
     item.waiting = false;
     this.#arriving.push(item);
@@ -148,6 +151,7 @@ export class Transfer extends EventTarget {
       try {
         await this.#stream(item);
       } catch (error) {
+        if (this.#channel.readyState !== "open") return this.close(LOST);
         this.cancel(item, "failed", error.name === "NotReadableError" || error.name === "NotFoundError"
           ? "The file could not be read. Was it changed, or is it a folder?"
           : "The file could not be sent.");
@@ -444,7 +448,7 @@ class DiskSink {
 }
 
 function newItem(direction, id, name, size, type) {
-  return { id, direction, name, size, type, bytes: 0, speed: 0, remaining: null, state: "offered", note: "", waiting: false, url: null, sha256: null };
+  return { id, direction, name, size, type, bytes: 0, speed: 0, remaining: null, state: "offered", note: "", waiting: false, disk: false, url: null, sha256: null };
 }
 
 function isOver({ state }) {
