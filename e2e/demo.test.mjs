@@ -297,3 +297,163 @@ test("whoever comes with another key than the link's is turned away by both", as
   }
   clean(a, b);
 });
+
+// --- By keyboard, and as a screen reader has it.
+
+// tabTo presses Tab until what has the focus suits, and returns what was passed.
+async function tabTo(page, name) {
+  const passed = [];
+  for (let i = 0; i < 20; i++) {
+    await page.keyboard.press("Tab");
+    const focus = await page.evaluate(() => {
+      const it = document.activeElement;
+      if (it === document.body) return null; // between the last and the first
+      const shown = it.labels?.[0]?.classList.contains("button") ? it.labels[0] : it;
+      return {
+        name: it.getAttribute("aria-label") ?? it.labels?.[0]?.textContent ?? it.textContent,
+        visible: getComputedStyle(shown).outlineStyle !== "none" && parseFloat(getComputedStyle(shown).outlineWidth) >= 2,
+      };
+    });
+    if (!focus) continue;
+    passed.push(focus.name);
+    assert.ok(focus.visible, `${focus.name} shows that it has the focus`);
+    if (focus.name === name) return passed;
+  }
+  throw new Error(`${name} is not reached by Tab, only ${passed.join(", ")}`);
+}
+
+test("with the keyboard only, from the code to the file", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openDevice(t, browser, url), await openDevice(t, browser, url)];
+  assert.deepEqual(await tabTo(a, "Connect"), ["Get a code", "Enter a code", "Connect"]);
+  await a.keyboard.press("Shift+Tab");
+  await a.keyboard.press("Shift+Tab");
+  await a.keyboard.press("Enter");
+  await a.locator("#screen-code").waitFor();
+  assert.equal(await a.evaluate(() => document.activeElement.textContent), "Your code");
+  const link = await a.textContent("#link");
+  assert.deepEqual(await tabTo(a, "Copy"), [link, "Copy"]);
+
+  await tabTo(b, "Enter a code");
+  await b.keyboard.type("12");
+  await b.keyboard.press("Enter");
+  await says(b, "#error", /4 to 9 digits/);
+  assert.equal(await b.getAttribute("#code-input", "aria-invalid"), "true");
+  await b.keyboard.press("Control+A");
+  await b.keyboard.type(await a.textContent("#code"));
+  await b.keyboard.press("Enter");
+  await connected(a, b);
+  for (const page of [a, b]) {
+    await page.locator("#compare").waitFor();
+    await tabTo(page, "They match");
+    await page.keyboard.press("Space");
+    await says(page, "#verified", /^Verified by comparing$/);
+  }
+
+  await tabTo(a, "Choose files");
+  const chooser = a.waitForEvent("filechooser");
+  await a.keyboard.press("Enter");
+  await (await chooser).setFiles({ name: "note.txt", mimeType: "text/plain", buffer: Buffer.from("by keyboard") });
+  await tabTo(b, "Save note.txt");
+  const download = b.waitForEvent("download");
+  await b.keyboard.press("Enter");
+  assert.equal((await download).suggestedFilename(), "note.txt");
+  await tabTo(b, "Remove note.txt");
+  await b.keyboard.press("Enter");
+  assert.equal(await b.locator(".transfer").count(), 0);
+  assert.notEqual(await b.evaluate(() => document.activeElement.tagName), "BODY", "the focus is not lost");
+
+  await tabTo(b, "Leave");
+  await b.keyboard.press("Enter");
+  await says(a, "#status", /^The other device has left, waiting for it$/);
+  clean(a, b);
+});
+
+test("a screen reader is told the names of things, and what happens", async (t) => {
+  const { url } = await startParley(t);
+  const a = await openDevice(t, browser, url);
+  await a.getByRole("heading", { name: "Send files straight from one device to another." }).waitFor();
+  await a.getByRole("textbox", { name: "Enter a code", description: "It is shown on the other device." }).waitFor();
+  const code = await mintCode(a);
+  await a.getByRole("img", { name: `Your code: ${[...code].join(" ")}` }).waitFor();
+  await a.getByRole("img", { name: "QR code of the link" }).waitFor();
+
+  const b = await openDevice(t, browser, url);
+  await typeCode(b, "000000");
+  await b.getByRole("alert").getByText("That code is wrong").waitFor();
+  await typeCode(b, code);
+  await b.getByRole("status").getByText("Connected directly").waitFor();
+  const pictures = b.getByRole("list", { name: "Do both devices show the same?" });
+  assert.equal(await pictures.getByRole("listitem").count(), 5);
+  await giveDisk(b, 4 * MiB);
+  await sendRandom(a, { "film.mkv": 70 * MiB });
+  await b.getByRole("log").getByText("The other device offers film.mkv.").waitFor();
+  await b.getByRole("button", { name: "Save film.mkv" }).click();
+  await a.getByRole("progressbar", { name: "Sending film.mkv" }).waitFor();
+  await b.getByRole("progressbar", { name: "Receiving film.mkv" }).waitFor();
+  await a.getByRole("button", { name: "Cancel film.mkv" }).click();
+  await b.getByRole("log").getByText("film.mkv: Cancelled by the other device").waitFor();
+  clean(a, b);
+});
+
+// --- What it looks like: pictures for people to look at.
+
+const LOOKS = [
+  ["desktop", { viewport: { width: 1280, height: 800 } }],
+  ["phone", { viewport: { width: 390, height: 844 }, deviceScaleFactor: 2, isMobile: true, hasTouch: true }],
+];
+
+for (const [form, options] of LOOKS) {
+  test(`pictures of every screen on a ${form}`, async (t) => {
+    const { url } = await startParley(t);
+    const a = await openDevice(t, browser, url, options);
+    const b = await openDevice(t, browser, url);
+    const picture = async (name) => {
+      for (const colorScheme of ["light", "dark"]) {
+        await a.emulateMedia({ colorScheme });
+        await a.screenshot({ path: `screenshots/${form}-${name}-${colorScheme}.png` });
+        const [wide, seen] = await a.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+        assert.ok(wide <= seen, `${name} is ${wide} pixels wide, of which ${seen} are seen`);
+      }
+    };
+    await picture("start");
+    await typeCode(a, "000000");
+    await says(a, "#error", /wrong/);
+    await picture("error");
+    const code = await mintCode(a);
+    await picture("code");
+    await typeCode(b, code);
+    await connected(a, b);
+    await a.locator("#compare").waitFor();
+    await picture("compare");
+
+    await a.click("#match");
+    await giveDisk(a, 4 * MiB);
+    await giveDisk(b, 4 * MiB);
+    await sendRandom(b, { "notes of the meeting, with a very long name that does not fit.pdf": 300_000, "holiday.mov": 70 * MiB, "backup.tar": 90 * MiB });
+    await card(a, "in", "notes", "done").waitFor();
+    await card(a, "in", "holiday.mov").getByRole("button", { name: "Save" }).click();
+    await sendRandom(a, { "photo of the lake.jpg": 2 * MiB, "film.mkv": 70 * MiB });
+    await card(a, "out", "lake", "done").waitFor();
+    await card(b, "in", "film.mkv").getByRole("button", { name: "Save" }).click();
+    await until("there is a speed", async () => /left/.test(await a.locator("#transfers").innerText()));
+    await picture("transfers");
+    await card(a, "out", "film.mkv").getByRole("button", { name: "Cancel" }).click();
+    await card(a, "in", "holiday.mov").getByRole("button", { name: "Cancel" }).click();
+    await picture("ended");
+    await a.click("#leave");
+    await picture("left");
+    clean(a, b);
+  });
+
+  test(`pictures of a warning on a ${form}`, async (t) => {
+    const { url } = await startParley(t);
+    const a = await openDevice(t, browser, url, options);
+    await openDevice(t, browser, (await mintLink(a)).replace(/\..{22}$/, "." + "A".repeat(22)));
+    await a.locator("#screen-warning").waitFor();
+    for (const colorScheme of ["light", "dark"]) {
+      await a.emulateMedia({ colorScheme });
+      await a.screenshot({ path: `screenshots/${form}-warning-${colorScheme}.png` });
+    }
+  });
+}
