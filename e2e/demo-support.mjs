@@ -23,10 +23,11 @@ export async function startBrowser(test) {
   return browser;
 }
 
-/** A device: a page with storage of its own, which notes every error. */
-export async function openDevice(t, browser, url, options = {}) {
+/** A device: a page with storage of its own, which notes every error. `init` runs in it before anything else. */
+export async function openDevice(t, browser, url, { init = () => {}, ...options } = {}) {
   const context = await browser.newContext({ acceptDownloads: true, ...options });
   t.after(() => context.close());
+  await context.addInitScript(init);
   const page = await context.newPage();
   page.errors = [];
   page.on("pageerror", (error) => page.errors.push(String(error)));

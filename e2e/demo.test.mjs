@@ -2,6 +2,14 @@
 // way; and everything that goes wrong in its own words.
 
 import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { createSocket } from "node:dgram";
+import { once } from "node:events";
+import { mkdtempSync, rmSync } from "node:fs";
+import { connect } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { test } from "node:test";
 
 import {
@@ -43,6 +51,28 @@ test("by link: nobody compares, and 64 MiB go both ways", async (t) => {
   await transfer(b, a, "large too.bin", 64 * MiB);
   const [[one], [other]] = await Promise.all([sendRandom(a, { "one.bin": 2 * MiB }), sendRandom(b, { "other.bin": 2 * MiB })]);
   assert.deepEqual([await save(b, "one.bin"), await save(a, "other.bin")], [one, other], "both at once");
+  clean(a, b);
+});
+
+test("files that are dropped or pasted are sent, too", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = await pairByLink(t, browser, url);
+  const give = (type, name) =>
+    a.evaluate(([type, name]) => {
+      const data = new DataTransfer();
+      data.items.add(new File(["content of " + name], name));
+      const options = { bubbles: true, cancelable: true };
+      const event = type === "paste" ? new ClipboardEvent(type, { ...options, clipboardData: data }) : new DragEvent(type, { ...options, dataTransfer: data });
+      document.body.dispatchEvent(event);
+      return event.defaultPrevented;
+    }, [type, name]);
+  await give("dragenter", "dropped.txt");
+  await a.locator("#overlay").waitFor();
+  assert.ok(await give("dragover", "dropped.txt"), "the page takes it");
+  assert.ok(await give("drop", "dropped.txt"), "the browser does not open it");
+  await a.locator("#overlay").waitFor({ state: "hidden" });
+  await give("paste", "pasted.txt");
+  for (const name of ["dropped.txt", "pasted.txt"]) assert.equal(await save(b, name), createHash("sha256").update("content of " + name).digest("hex"));
   clean(a, b);
 });
 
@@ -157,6 +187,54 @@ test("a network that is cut is shown, and heals", async (t) => {
   network.mend();
   await connected(a, b);
   await goesOn(b);
+  clean(a, b);
+});
+
+// startTURN runs coturn on loopback until the test ends, and returns its URL.
+async function startTURN(t, secret) {
+  const socket = createSocket("udp4").bind(0, "127.0.0.1");
+  await once(socket, "listening");
+  const { port } = socket.address();
+  const dir = mkdtempSync(join(tmpdir(), "parley-turn-"));
+  socket.close();
+  const child = spawn("turnserver", [
+    "-n", "--listening-ip=127.0.0.1", "--relay-ip=127.0.0.1", "--allow-loopback-peers", `--listening-port=${port}`, "--use-auth-secret",
+    `--static-auth-secret=${secret}`, "--realm=parley.test", "--no-tls", "--no-dtls", "--no-cli", "--no-rfc5780", "--relay-threads=1",
+    "--log-file=stdout", "--simple-log", `--userdb=${dir}/turndb`, `--pidfile=${dir}/pid`,
+  ], { cwd: dir, stdio: "ignore" });
+  const exited = once(child, "exit");
+  t.after(async () => {
+    child.kill("SIGKILL");
+    await exited;
+    rmSync(dir, { recursive: true });
+  });
+  // It listens on TCP as well, when it is ready.
+  await until("coturn is ready", () => new Promise((resolve) => {
+    const probe = connect(port, "127.0.0.1", () => (probe.destroy(), resolve(true)));
+    probe.on("error", () => resolve(false));
+  }));
+  return `turn:127.0.0.1:${port}?transport=udp`;
+}
+
+test("a connection by a relay is shown as one", async (t) => {
+  const secret = "shared with coturn";
+  const { url } = await startParley(t, { TURN_URLS: await startTURN(t, secret), TURN_SECRET: secret });
+  // A device that reaches nothing but the relay.
+  const init = () => {
+    globalThis.RTCPeerConnection = class extends RTCPeerConnection {
+      constructor(configuration) {
+        super({ ...configuration, iceTransportPolicy: "relay" });
+      }
+      setConfiguration(configuration) {
+        super.setConfiguration({ ...configuration, iceTransportPolicy: "relay" });
+      }
+    };
+  };
+  const a = await openDevice(t, browser, url, { init });
+  const b = await openDevice(t, browser, await mintLink(a));
+  for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
+  await verifiedByLink(a, b);
+  await transfer(a, b, "by relay.bin", MiB);
   clean(a, b);
 });
 
@@ -395,65 +473,3 @@ test("a screen reader is told the names of things, and what happens", async (t) 
   await b.getByRole("log").getByText("film.mkv: Cancelled by the other device").waitFor();
   clean(a, b);
 });
-
-// --- What it looks like: pictures for people to look at.
-
-const LOOKS = [
-  ["desktop", { viewport: { width: 1280, height: 800 } }],
-  ["phone", { viewport: { width: 390, height: 844 }, deviceScaleFactor: 2, isMobile: true, hasTouch: true }],
-];
-
-for (const [form, options] of LOOKS) {
-  test(`pictures of every screen on a ${form}`, async (t) => {
-    const { url } = await startParley(t);
-    const a = await openDevice(t, browser, url, options);
-    const b = await openDevice(t, browser, url);
-    const picture = async (name) => {
-      for (const colorScheme of ["light", "dark"]) {
-        await a.emulateMedia({ colorScheme });
-        await a.screenshot({ path: `screenshots/${form}-${name}-${colorScheme}.png` });
-        const [wide, seen] = await a.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
-        assert.ok(wide <= seen, `${name} is ${wide} pixels wide, of which ${seen} are seen`);
-      }
-    };
-    await picture("start");
-    await typeCode(a, "000000");
-    await says(a, "#error", /wrong/);
-    await picture("error");
-    const code = await mintCode(a);
-    await picture("code");
-    await typeCode(b, code);
-    await connected(a, b);
-    await a.locator("#compare").waitFor();
-    await picture("compare");
-
-    await a.click("#match");
-    await giveDisk(a, 4 * MiB);
-    await giveDisk(b, 4 * MiB);
-    await sendRandom(b, { "notes of the meeting, with a very long name that does not fit.pdf": 300_000, "holiday.mov": 70 * MiB, "backup.tar": 90 * MiB });
-    await card(a, "in", "notes", "done").waitFor();
-    await card(a, "in", "holiday.mov").getByRole("button", { name: "Save" }).click();
-    await sendRandom(a, { "photo of the lake.jpg": 2 * MiB, "film.mkv": 70 * MiB });
-    await card(a, "out", "lake", "done").waitFor();
-    await card(b, "in", "film.mkv").getByRole("button", { name: "Save" }).click();
-    await until("there is a speed", async () => /left/.test(await a.locator("#transfers").innerText()));
-    await picture("transfers");
-    await card(a, "out", "film.mkv").getByRole("button", { name: "Cancel" }).click();
-    await card(a, "in", "holiday.mov").getByRole("button", { name: "Cancel" }).click();
-    await picture("ended");
-    await a.click("#leave");
-    await picture("left");
-    clean(a, b);
-  });
-
-  test(`pictures of a warning on a ${form}`, async (t) => {
-    const { url } = await startParley(t);
-    const a = await openDevice(t, browser, url, options);
-    await openDevice(t, browser, (await mintLink(a)).replace(/\..{22}$/, "." + "A".repeat(22)));
-    await a.locator("#screen-warning").waitFor();
-    for (const colorScheme of ["light", "dark"]) {
-      await a.emulateMedia({ colorScheme });
-      await a.screenshot({ path: `screenshots/${form}-warning-${colorScheme}.png` });
-    }
-  });
-}

@@ -73,7 +73,6 @@ async function join(code, key = null) {
   await once(async () => {
     const { appID } = await redeem(code);
     unused = null;
-    $("code-input").value = "";
     enter({ appID, side: "B", sid: randomID(), key, paired: true });
   });
 }
@@ -102,6 +101,7 @@ async function once(work) {
 function enter(newSeat) {
   leave();
   clearCards(({ url, saved }) => url && !saved);
+  $("code-input").value = "";
   seat = newSeat;
   keep();
   session = connect({ appID: seat.appID, side: seat.side, sid: seat.sid });
@@ -454,6 +454,7 @@ function update() {
   const may = transfer && verified && channel.readyState === "open";
   $("files").disabled = !may;
   $("drop").classList.toggle("off", !may);
+  $("pick").classList.toggle("primary", verified !== "compare"); // first things first
 }
 
 // updateTransfers shows transfers beside the room, and what is left of them when
