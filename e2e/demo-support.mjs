@@ -63,12 +63,10 @@ export async function mintLink(page) {
   return page.getAttribute("#link", "href");
 }
 
-/** Two devices, paired by link; url may have a query. */
-export async function pairByLink(t, browser, url) {
-  const a = await openDevice(t, browser, url);
-  const link = new URL(await mintLink(a));
-  link.search = new URL(url).search;
-  const b = await openDevice(t, browser, String(link));
+/** Two devices, paired by link. */
+export async function pairByLink(t, browser, url, options) {
+  const a = await openDevice(t, browser, url, options);
+  const b = await openDevice(t, browser, await mintLink(a));
   await connected(a, b);
   await verifiedByLink(a, b);
   return [a, b];

@@ -190,7 +190,7 @@ test("a network that is cut is shown, and heals", async (t) => {
   clean(a, b);
 });
 
-// startTURN runs coturn on loopback until the test ends, and returns its URL.
+// startTURN runs coturn on loopback until the test ends.
 async function startTURN(t, secret) {
   const socket = createSocket("udp4").bind(0, "127.0.0.1");
   await once(socket, "listening");
@@ -213,12 +213,17 @@ async function startTURN(t, secret) {
     const probe = connect(port, "127.0.0.1", () => (probe.destroy(), resolve(true)));
     probe.on("error", () => resolve(false));
   }));
-  return `turn:127.0.0.1:${port}?transport=udp`;
+  return {
+    url: `turn:127.0.0.1:${port}?transport=udp`,
+    cut: () => child.kill("SIGSTOP"),
+    mend: () => child.kill("SIGCONT"),
+  };
 }
 
-test("a connection by a relay is shown as one", async (t) => {
+test("a relay is shown as one; when the path between the devices is cut that is shown, and heals", async (t) => {
   const secret = "shared with coturn";
-  const { url } = await startParley(t, { TURN_URLS: await startTURN(t, secret), TURN_SECRET: secret });
+  const relay = await startTURN(t, secret);
+  const { url } = await startParley(t, { TURN_URLS: relay.url, TURN_SECRET: secret });
   // A device that reaches nothing but the relay.
   const init = () => {
     globalThis.RTCPeerConnection = class extends RTCPeerConnection {
@@ -234,24 +239,38 @@ test("a connection by a relay is shown as one", async (t) => {
   const b = await openDevice(t, browser, await mintLink(a));
   for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
   await verifiedByLink(a, b);
-  await transfer(a, b, "by relay.bin", MiB);
+  await transfer(a, b, "before.bin", MiB);
+  relay.cut();
+  for (const page of [a, b]) await says(page, "#status", /^The connection was interrupted, reconnecting$/);
+  const [sum] = await sendRandom(a, { "meanwhile.bin": MiB });
+  relay.mend();
+  for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
+  assert.equal(await save(b, "meanwhile.bin"), sum);
   clean(a, b);
 });
 
-test("either side cancels on the way, and the next file goes", async (t) => {
+test("either side cancels on the way, and the next file goes; only meanwhile the screen stays on", async (t) => {
   const { url } = await startParley(t);
-  const [a, b] = await pairByLink(t, browser, url);
+  const init = () => {
+    const { request } = WakeLock.prototype;
+    WakeLock.prototype.request = async function (type) {
+      return (globalThis.wakeLock = await request.call(this, type));
+    };
+  };
+  const [a, b] = await pairByLink(t, browser, url, { init });
   for (const [i, canceller] of [a, b].entries()) {
     await giveDisk(b, 4 * MiB);
     const [, sum] = await sendRandom(a, { [`long ${i}`]: 80 * MiB, [`next ${i}`]: 100_000 });
     await card(b, "in", `long ${i}`).getByRole("button", { name: "Save" }).click();
     await stored(b, 4 * MiB);
+    for (const page of [a, b]) await until("the screen stays on", () => page.evaluate(() => globalThis.wakeLock?.released === false));
     await card(canceller, canceller === a ? "out" : "in", `long ${i}`).getByRole("button", { name: "Cancel" }).click();
     await allow(b, Infinity); // what was being written
     const other = canceller === a ? card(b, "in", `long ${i}`) : card(a, "out", `long ${i}`);
     await other.getByText("Cancelled by the other device").waitFor();
     await until("the disk gives up what it had", () => b.evaluate(() => disk.end === "aborted"));
     assert.equal(await save(b, `next ${i}`), sum);
+    for (const page of [a, b]) await until("the screen may go off", () => page.evaluate(() => wakeLock.released));
   }
   clean(a, b);
 });
@@ -270,10 +289,16 @@ test("a large file can be declined, and another is sent", async (t) => {
 
 test("a channel that is closed is opened anew, and nobody needs to verify again", async (t) => {
   const { url } = await startParley(t);
-  const [a, b] = await pairByLink(t, browser, url + "/?test");
+  const init = () => {
+    const { createDataChannel } = RTCPeerConnection.prototype;
+    RTCPeerConnection.prototype.createDataChannel = function (label, options) {
+      return (globalThis[label] = createDataChannel.call(this, label, options));
+    };
+  };
+  const [a, b] = await pairByLink(t, browser, url, { init });
   await transfer(a, b, "before", 100_000);
   await onItsWay(a, b);
-  await a.evaluate(async () => (await parleyDemo.session.channel("files")).close());
+  await a.evaluate(() => files.close());
   await card(a, "out", "film.mkv", "failed").getByText("The connection to the other device was lost.").waitFor();
   await card(b, "in", "film.mkv", "failed").getByText("The connection to the other device was lost.").waitFor();
   await verifiedByLink(a, b);

@@ -14,7 +14,6 @@ const STORE = "parley-demo";
 
 const $ = (id) => document.getElementById(id);
 const hasPicker = () => "showSaveFilePicker" in window;
-const testing = location.search.includes("test");
 
 // --- State.
 
@@ -724,7 +723,20 @@ addEventListener("beforeunload", (event) => {
 });
 addEventListener("hashchange", fromAddress);
 
+// A phone that goes to sleep would break a transfer off.
+let wakeLock = null; // a promise of one
+function stayAwake() {
+  if (transfer?.active && document.visibilityState === "visible") {
+    wakeLock ??= navigator.wakeLock?.request("screen").catch(() => null); // not on a low battery
+  } else {
+    wakeLock?.then((lock) => lock?.release());
+    wakeLock = null;
+  }
+}
+document.addEventListener("visibilitychange", stayAwake); // browsers take it from what is hidden
+
 setInterval(() => {
+  stayAwake();
   if (!session) return;
   if (!seat.paired && countdown(seat.expiresAt)) seat.code && expire();
   update();
@@ -759,20 +771,6 @@ function joinByLink(hash) {
   }
   show("start");
   join(code, key ?? null);
-}
-
-if (testing) {
-  window.parleyDemo = {
-    get session() {
-      return session;
-    },
-    get transfer() {
-      return transfer;
-    },
-    get stats() {
-      return { side: seat?.side, route: session?.route ?? null, verified, status: $("status").textContent, items: transfer?.items ?? [] };
-    },
-  };
 }
 
 if (!fromAddress()) {
