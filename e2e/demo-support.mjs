@@ -66,7 +66,7 @@ export async function mintLink(page) {
 /** Two devices, paired by link. */
 export async function pairByLink(t, browser, url, options) {
   const a = await openDevice(t, browser, url, options);
-  const b = await openDevice(t, browser, await mintLink(a));
+  const b = await openDevice(t, browser, await mintLink(a), options);
   await connected(a, b);
   await verifiedByLink(a, b);
   return [a, b];

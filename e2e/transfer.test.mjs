@@ -205,6 +205,19 @@ test("messages that fit nothing end nothing, or the connection", async () => {
   await becomes(() => transfer.items.find(({ name }) => name === "later"), "failed");
 });
 
+test("a file whose turn it is not cannot be finished, nor the same one twice", async () => {
+  const { transfer, heard, say } = against();
+  say(offer("first", 1));
+  say(offer("second", 0));
+  await until("both are accepted", () => heard.length === 2);
+  say({ t: "done", id: "second", sha256: sum("") });
+  say(new Uint8Array(1));
+  for (let twice = 0; twice < 2; twice++) say({ t: "done", id: "first", sha256: sum(new Uint8Array(1)) });
+  say({ t: "done", id: "second", sha256: sum("") });
+  await becomes(() => transfer.items[1], "done");
+  assert.deepEqual(heard.slice(2), [{ t: "ok", id: "first" }, { t: "ok", id: "second" }]);
+});
+
 test("a receiver that claims what it does not have is not believed", async () => {
   const { transfer, heard, say } = against();
   transfer.send([file("x", new Uint8Array(1000))]);

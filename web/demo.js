@@ -727,7 +727,7 @@ addEventListener("hashchange", fromAddress);
 let wakeLock = null; // a promise of one
 function stayAwake() {
   if (transfer?.active && document.visibilityState === "visible") {
-    wakeLock ??= navigator.wakeLock?.request("screen").catch(() => null); // not on a low battery
+    wakeLock ??= navigator.wakeLock?.request("screen").catch(() => (wakeLock = null)); // tried again: the battery may be low
   } else {
     wakeLock?.then((lock) => lock?.release());
     wakeLock = null;
