@@ -457,6 +457,7 @@ test("with the keyboard only, from the code to the file", async (t) => {
   const chooser = a.waitForEvent("filechooser");
   await a.keyboard.press("Enter");
   await (await chooser).setFiles({ name: "note.txt", mimeType: "text/plain", buffer: Buffer.from("by keyboard") });
+  await card(b, "in", "note.txt", "done").waitFor();
   await tabTo(b, "Save note.txt");
   const download = b.waitForEvent("download");
   await b.keyboard.press("Enter");
@@ -487,6 +488,7 @@ test("a screen reader is told the names of things, and what happens", async (t) 
   await typeCode(b, code);
   await b.getByRole("status").getByText("Connected directly").waitFor();
   const pictures = b.getByRole("list", { name: "Do both devices show the same?" });
+  await pictures.waitFor();
   assert.equal(await pictures.getByRole("listitem").count(), 5);
   await giveDisk(b, 4 * MiB);
   await sendRandom(a, { "film.mkv": 70 * MiB });
