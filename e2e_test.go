@@ -24,8 +24,9 @@ func TestPublishedClients(t *testing.T) {
 func TestJavaScriptClient(t *testing.T) {
 	t.Parallel()
 	runNode(t, "client.test.mjs", "PARLEY_BIN="+buildBinary(t))
-	runNode(t, "types.test.mjs")
-	runNode(t, "vendor.test.mjs")
+	for _, file := range []string{"types", "vendor", "verify", "transfer"} {
+		runNode(t, file+".test.mjs")
+	}
 }
 
 // TestBrowser has the client connect pages of a real browser with each other.
@@ -35,10 +36,13 @@ func TestBrowser(t *testing.T) {
 		"TURN_ADDR="+startCoturn(t, coturnSecret), "TURN_SECRET="+coturnSecret)
 }
 
-// TestDemo uses the demo page in a real browser, as people do.
+// TestDemo uses the demo page in a real browser, as people do, and puts a man in
+// the middle.
 func TestDemo(t *testing.T) {
 	t.Parallel()
-	runNode(t, "demo.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+	for _, file := range []string{"demo", "attack", "pictures"} {
+		runNode(t, file+".test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+	}
 }
 
 func needChromium(t *testing.T) string {

@@ -82,6 +82,9 @@ func TestDemoPolicy(t *testing.T) {
 	})
 	elsewhere := regexp.MustCompile(`(?:src|href)\s*=\s*["']?(?:\w+:)?//|(?:from|import)\s*\(?\s*["'](?:\w+:)?//|url\(\s*["']?(?:\w+:)?//|@import`)
 	eachWebFile(t, func(name string, content []byte) {
+		if filepath.Ext(name) == ".md" {
+			return // for people
+		}
 		if found := elsewhere.FindString(string(content)); found != "" {
 			t.Errorf("%s loads something from elsewhere: %s", name, found)
 		}

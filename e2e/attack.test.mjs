@@ -5,8 +5,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { card, clean, connected, mintCode, mintLink, openDevice, says, startBrowser, typeCode } from "./demo-support.mjs";
-import { startParley } from "./support.mjs";
+import { card, clean, connected, mintCode, mintLink, openDevice, says, typeCode } from "./demo-support.mjs";
+import { startBrowser, startParley } from "./support.mjs";
 
 const browser = await startBrowser(test);
 

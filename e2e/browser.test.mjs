@@ -5,16 +5,9 @@ import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
 import { test } from "node:test";
 
-import { chromium } from "playwright-core";
+import { startBrowser, startNetwork, startParley, until } from "./support.mjs";
 
-import { startNetwork, startParley, until } from "./support.mjs";
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-  // Without multicast DNS the pages see each other's loopback addresses.
-  args: ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns", "--allow-loopback-in-peer-connection"],
-});
-test.after(() => browser.close());
+const browser = await startBrowser(test);
 
 // page opens a page of its own, with the client loaded; server is where the page
 // says that it is.

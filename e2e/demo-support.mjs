@@ -6,22 +6,9 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 
-import { chromium } from "playwright-core";
-
 import { until } from "./support.mjs";
 
 export const MiB = 1 << 20;
-
-/** A browser for all tests of a file. */
-export async function startBrowser(test) {
-  const browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-    // Without multicast DNS the pages see each other's loopback addresses.
-    args: ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns"],
-  });
-  test.after(() => browser.close());
-  return browser;
-}
 
 /** A device: a page with storage of its own, which notes every error. `init` runs in it before anything else. */
 export async function openDevice(t, browser, url, { init = () => {}, ...options } = {}) {

@@ -12,11 +12,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 
-import {
-  MiB, allow, card, clean, connected, diskSum, giveDisk, mintCode, mintLink, openDevice, pairByCode, pairByLink, save, says, sendRandom, startBrowser, stored,
-  transfer, typeCode, verifiedByLink,
-} from "./demo-support.mjs";
-import { startNetwork, startParley, until } from "./support.mjs";
+import { MiB, allow, card, clean, connected, diskSum, giveDisk, mintCode, mintLink, openDevice, pairByCode, pairByLink, save, says, sendRandom, stored, transfer, typeCode, verifiedByLink,  } from "./demo-support.mjs";
+import { startBrowser, startNetwork, startParley, until } from "./support.mjs";
 
 const browser = await startBrowser(test);
 

@@ -16,7 +16,8 @@ assert.ok(server, "PARLEY_URL must name a running parley, such as http://127.0.0
 const wsBase = server.replace(/^http/, "ws") + "/ws";
 
 const NOTES = 1000; // each app sends this many
-const WINDOW = 32; // and at most this many ahead of what the other has heard: what a kill leaves unacknowledged adds up
+const WINDOW = 32; // and at most this many ahead of what the other has acknowledged, as the server knows it
+const CONFIRM = 8; // notes, after which an app makes sure of that
 
 // meet lets two apps find each other as people do, by a code, and returns what
 // they then share.
@@ -74,13 +75,18 @@ class Life {
   closes = []; // their close codes, in order
   frames = []; // what they received, parsed, in order
   #pings = 0;
+  #asked = new Map();
 
   constructor() {
     const life = this;
     this.WebSocket = function (url, protocols) {
       if (life.dead) return { addEventListener() {}, send() {}, close() {} };
       const socket = new WebSocket(url, protocols);
-      socket.on("message", (data) => life.frames.push(JSON.parse(data)));
+      socket.on("message", (data) => {
+        const frame = JSON.parse(data);
+        life.frames.push(frame);
+        if (frame.type === "pong") life.#asked.get(frame.t)?.();
+      });
       socket.on("close", (code) => life.closes.push(code));
       socket.on("error", () => {});
       life.sockets.push(socket);
@@ -101,9 +107,17 @@ class Life {
   // settle waits until the server has taken everything sent so far.
   async settle(watch) {
     if (this.socket.readyState === WebSocket.CONNECTING) await once(this.socket, "open");
+    let settled = false;
+    this.ask(() => (settled = true));
+    await watch.until(() => settled, "a pong");
+  }
+
+  // ask calls back once the server has taken everything sent so far, unless the
+  // socket dies before.
+  ask(callback) {
     const t = ++this.#pings;
-    this.socket.send(JSON.stringify({ type: "ping", t }));
-    await watch.until(() => this.frames.some((frame) => frame.type === "pong" && frame.t === t), "a pong");
+    this.#asked.set(t, callback);
+    if (!this.dead) this.socket.send(JSON.stringify({ type: "ping", t }));
   }
 
   kill() {
@@ -123,6 +137,7 @@ class App {
   lives = []; // of each: how many notes had been heard when it began, whether it knew the watermark, the notes it heard
   sent = 0;
   heard = 0; // the highest note logged
+  confirmed = 0; // the highest that the server knows to be acknowledged, or is to deliver again
   roomFull = 0;
   #watermark = 0; // seq of the last note logged
   #doom = null; // "before logging" or "after logging": killed at the next note
@@ -155,11 +170,21 @@ class App {
       this.heard = Math.max(this.heard, message.n);
       this.#watermark = life.frames.findLast((frame) => frame.type === "deliver").seq;
       if (this.#doom === "after logging") return life.kill(); // and so before acknowledging it
+      if (entry.notes.length % CONFIRM === 0) this.#confirm(life).catch(() => {}); // it was killed
     });
+    this.#confirm(life).catch(() => {});
     this.tx.onClose(({ code, reason }) => {
       if (!life.dead) this.watch.fail(`the server closed ${this.side} with ${code} ${reason}`);
     });
     this.#paused = false;
+  }
+
+  // confirm runs after the client has acknowledged what was heard so far.
+  async #confirm(life) {
+    const { heard } = this;
+    await nextTurn();
+    if (life.socket.readyState === WebSocket.CONNECTING) await once(life.socket, "open");
+    life.ask(() => (this.confirmed = Math.max(this.confirmed, heard)));
   }
 
   #serverSaid(message) {
@@ -170,8 +195,8 @@ class App {
   // talk sends everything this app has to say.
   async talk(peer, upTo = NOTES) {
     while (this.sent < upTo) {
-      const mayTalk = () => !this.#paused && this.sent - peer.heard < WINDOW;
-      await this.watch.until(mayTalk, `${peer.side} to hear ${this.side}`);
+      const mayTalk = () => !this.#paused && this.sent - peer.confirmed < WINDOW;
+      await this.watch.until(mayTalk, `${peer.side} to acknowledge ${this.side}`);
       this.tx.send(note(this.side, ++this.sent));
       if (this.sent % 8 === 0) await nextTurn();
     }

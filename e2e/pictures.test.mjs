@@ -4,8 +4,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { MiB, card, clean, connected, giveDisk, mintCode, mintLink, openDevice, says, sendRandom, startBrowser, typeCode } from "./demo-support.mjs";
-import { startParley, until } from "./support.mjs";
+import { MiB, card, clean, connected, giveDisk, mintCode, mintLink, openDevice, says, sendRandom, typeCode } from "./demo-support.mjs";
+import { startBrowser, startParley, until } from "./support.mjs";
 
 const browser = await startBrowser(test);
 

@@ -6,11 +6,10 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import net from "node:net";
 
-const binary = process.env.PARLEY_BIN;
-assert.ok(binary, "PARLEY_BIN must name a parley binary");
-
 /** Starts a parley on a free port, or on the one given, until the test ends. */
 export async function startParley(t, env = {}, port = 0) {
+  const binary = process.env.PARLEY_BIN;
+  assert.ok(binary, "PARLEY_BIN must name a parley binary");
   const child = spawn(binary, { env: { PATH: process.env.PATH, GORACE: "atexit_sleep_ms=0", HOST: "127.0.0.1", PORT: String(port), ...env } });
   let out = "";
   const listening = new Promise((resolve, reject) => {
@@ -34,6 +33,19 @@ export async function startParley(t, env = {}, port = 0) {
   });
   const url = await listening;
   return { url, port: Number(new URL(url).port), stop };
+}
+
+/** A browser for all tests of a file. */
+export async function startBrowser(test) {
+  const { chromium } = await import("playwright-core");
+  const browser = await chromium.launch({
+    executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
+    // Without multicast DNS the pages see each other's loopback addresses; a
+    // TURN server there is used only when asked for.
+    args: ["--no-sandbox", "--disable-features=WebRtcHideLocalIpsWithMdns", "--allow-loopback-in-peer-connection"],
+  });
+  test.after(() => browser.close());
+  return browser;
 }
 
 /** A network between clients and a server, which can be cut. */

@@ -3,8 +3,8 @@
 
 import { test } from "node:test";
 
-import { MiB, card, pairByLink, sendRandom, startBrowser } from "./demo-support.mjs";
-import { startParley } from "./support.mjs";
+import { MiB, card, pairByLink, sendRandom } from "./demo-support.mjs";
+import { startBrowser, startParley } from "./support.mjs";
 
 const SIZE = 32 * MiB;
 const ROUNDS = 3;

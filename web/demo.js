@@ -376,6 +376,7 @@ function showCode() {
   $("code").classList.toggle("long", code.length > 5);
   $("code").setAttribute("aria-label", `Your code: ${[...code].join(" ")}`);
   $("host").textContent = location.host;
+  $("local-only").hidden = !/^(localhost|127\..*|\[::1\])$/.test(location.hostname);
   $("link").textContent = $("link").href = link;
   $("copy").textContent = "Copy";
   drawQR(link);

@@ -1,0 +1,11 @@
+//go:build long
+
+package main
+
+import "testing"
+
+// TestLongDemoThroughput prints how fast the demo page sends, beside a bare data
+// channel.
+func TestLongDemoThroughput(t *testing.T) {
+	runNode(t, "throughput.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+}
