@@ -9,3 +9,8 @@ import "testing"
 func TestLongDemoThroughput(t *testing.T) {
 	runNode(t, "throughput.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
 }
+
+// TestLongDemoPictures takes pictures of every screen, into e2e/screenshots/.
+func TestLongDemoPictures(t *testing.T) {
+	runNode(t, "pictures.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+}

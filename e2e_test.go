@@ -40,7 +40,7 @@ func TestBrowser(t *testing.T) {
 // the middle.
 func TestDemo(t *testing.T) {
 	t.Parallel()
-	for _, file := range []string{"demo", "attack", "pictures"} {
+	for _, file := range []string{"demo", "attack"} {
 		runNode(t, file+".test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
 	}
 }

@@ -198,14 +198,12 @@ const joinOlder = (page, options) =>
       say({ type: pc.localDescription.type, sdp: pc.localDescription.sdp });
     };
     pc.onicecandidate = ({ candidate }) => candidate && say({ type: "ice", candidate });
-    globalThis.heard = new Promise((resolve) => {
-      const talk = (channel) => {
-        channel.onopen = () => channel.send("hello from an older " + side);
-        channel.onmessage = ({ data }) => resolve(data);
-      };
-      if (side === "B") pc.ondatachannel = ({ channel }) => talk(channel);
-      else talk(pc.createDataChannel("chat"));
-    });
+    const talk = (channel) => {
+      channel.onopen = () => channel.send("hello from an older " + side);
+      channel.onmessage = ({ data }) => (globalThis.heard = data);
+    };
+    if (side === "B") pc.ondatachannel = ({ channel }) => talk(channel);
+    else talk(pc.createDataChannel("chat"));
     ws.onopen = () => side === "A" && describe();
     let turn = Promise.resolve();
     ws.onmessage = ({ data }) => {
@@ -225,24 +223,20 @@ for (const [ours, theirs] of [["A", "B"], ["B", "A"]]) {
     const [a, b] = [await openPage(t, url), await openPage(t, url)];
     const appID = randomUUID();
     await join(a, { appID, side: ours });
-    const heard = a.evaluate(
-      (side) =>
-        new Promise((resolve) => {
-          const pc = session.peerConnection();
-          const talk = (channel) => {
-            channel.onmessage = ({ data }) => resolve(data);
-            const hello = () => channel.send("hello from " + side);
-            if (channel.readyState === "open") hello();
-            else channel.onopen = hello;
-          };
-          if (side === "A") talk(pc.createDataChannel("chat"));
-          else pc.ondatachannel = ({ channel }) => talk(channel);
-        }),
-      ours,
-    );
+    await a.evaluate((side) => {
+      const pc = session.peerConnection();
+      const talk = (channel) => {
+        channel.onmessage = ({ data }) => (globalThis.heard = data);
+        const hello = () => channel.send("hello from " + side);
+        if (channel.readyState === "open") hello();
+        else channel.onopen = hello;
+      };
+      if (side === "A") talk(pc.createDataChannel("chat"));
+      else pc.ondatachannel = ({ channel }) => talk(channel);
+    }, ours);
     await joinOlder(b, { appID, side: theirs });
-    assert.equal(await heard, "hello from an older " + theirs);
-    assert.equal(await b.evaluate(() => heard), "hello from " + ours);
+    for (const page of [a, b]) await until("a word of the other", () => page.evaluate(() => globalThis.heard !== undefined)).catch((error) => assert.fail(`${error} ${a.errors} ${b.errors}`));
+    assert.deepEqual(await Promise.all([a, b].map((page) => page.evaluate(() => heard))), ["hello from an older " + theirs, "hello from " + ours]);
     await until("a route", () => a.evaluate(() => session.route !== null));
     clean(a, b);
   });

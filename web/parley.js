@@ -381,7 +381,8 @@ class Negotiator {
         if (current()) this.#describe();
       });
     });
-    pc.addEventListener("icecandidate", ({ candidate }) => current() && candidate && this.#send({ candidate: candidate.toJSON() }));
+    // In turn, a candidate goes behind the description that it belongs to.
+    pc.addEventListener("icecandidate", ({ candidate }) => candidate && this.#inTurn(() => current() && this.#send({ candidate: candidate.toJSON() })));
     pc.addEventListener("connectionstatechange", () => current() && this.#changed());
     this.#on.peerconnection(pc);
   }
