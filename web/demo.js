@@ -394,7 +394,7 @@ function drawQR(text) {
   for (let row = 0; row < n; row++) {
     for (let col = 0; col < n; col++) if (qr.isDark(row, col)) path += `M${col + 4} ${row + 4}h1v1h-1z`;
   }
-  const svg = svgElement("svg", { viewBox: `0 0 ${n + 8} ${n + 8}`, role: "img", "aria-label": "QR code of the link", "shape-rendering": "crispEdges" });
+  const svg = svgElement("svg", { width: (n + 8) * 6, viewBox: `0 0 ${n + 8} ${n + 8}`, role: "img", "aria-label": "QR code of the link", "shape-rendering": "crispEdges" });
   svg.append(svgElement("rect", { width: n + 8, height: n + 8, fill: "#fff" }), svgElement("path", { d: path, fill: "#000" }));
   $("qr").replaceChildren(svg);
 }
