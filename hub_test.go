@@ -1968,6 +1968,7 @@ func testSessionOwners(h *hubTest) {
 	joinAs := func(owner, who string, id sessionID) (*guest, error) {
 		r := request(who)
 		r.owner = netip.MustParsePrefix(owner)
+		h.settle() // what has ended counts to nobody any more
 		return h.tryJoin(who+" of "+owner, id, r)
 	}
 	must := func(owner, who string, id sessionID) *guest {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
@@ -71,6 +72,11 @@ func parseRedisURL(text string) (a redisAddress, err error) {
 		return a, errRedisCluster
 	}
 	return a, fmt.Errorf("must begin with redis://, rediss://, unix:// or %s://", sentinelScheme)
+}
+
+// redisAt is the address of one Redis whose parts are known.
+func redisAt(host string, port int, password string) redisAddress {
+	return redisAddress{single: &redis.Options{Addr: net.JoinHostPort(host, strconv.Itoa(port)), Password: password}}
 }
 
 // parseSentinels reads what follows redis+sentinel://. It is no URL to package
@@ -142,6 +148,9 @@ func (a redisAddress) dial() *redis.Client {
 	return redis.NewClient(&o)
 }
 
+// given reports whether there is a Redis.
+func (a redisAddress) given() bool { return a != redisAddress{} }
+
 func (a redisAddress) String() string {
 	if a.sentinels != nil {
 		return a.sentinels.MasterName + " of " + strings.Join(a.sentinels.SentinelAddrs, ",")
@@ -160,8 +169,12 @@ type redisStore struct {
 }
 
 func newRedisStore(a redisAddress, log *slog.Logger, m *redisMetrics) *redisStore {
+	logging.Disable() // what the library would print is in the errors it returns
 	return &redisStore{client: a.dial(), log: log, metrics: m}
 }
+
+// close ends every call that waits.
+func (r *redisStore) close() { r.client.Close() }
 
 // Oldest Redis that has XTRIM MINID and exclusive ranges. Valkey counts on from
 // it.
@@ -169,12 +182,6 @@ const (
 	redisMajor = 6
 	redisMinor = 2
 )
-
-// An unfitError says that the server is none that can be used, however long one
-// waits.
-type unfitError struct{ text string }
-
-func (e *unfitError) Error() string { return e.text }
 
 // check looks at the server once. The error is an *unfitError if it can never
 // be used, otherwise it may be tried again.

@@ -31,6 +31,7 @@ func (h *redisHub) Run(ctx context.Context) error {
 		h.hear(ctx)
 	}()
 	defer func() { <-hearing }()
+	defer h.retire()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var looked time.Time
@@ -54,6 +55,15 @@ func (h *redisHub) Run(ctx context.Context) error {
 		timer.Reset(wait)
 	}
 }
+
+// retire lets the lease end, for what this instance could not leave itself.
+func (h *redisHub) retire() {
+	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout/8)
+	defer cancel()
+	h.client.ZAddXX(ctx, leasesKey, redis.Z{Score: 0, Member: h.instance})
+}
+
+const leasesKey = "parley:leases"
 
 // work does a tick, and a look where one is due, and returns when to come back.
 func (h *redisHub) work(ctx context.Context, looked *time.Time) (time.Duration, error) {
