@@ -8,7 +8,8 @@ NEEDS := \
 	gcc:build-essential \
 	node:nodejs \
 	npm:npm \
-	turnserver:coturn
+	turnserver:coturn \
+	redis-server:redis-server
 
 FUZZTIME ?= 30s
 BENCH ?= .
