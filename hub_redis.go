@@ -116,7 +116,9 @@ type redisSeat struct {
 	request joinRequest
 	notify  func(error)
 
-	corked []string // who is not told of held posts; belongs to the posting goroutine
+	// of the posting goroutine
+	corked []string // who is not told of held posts
+	unsure uint64   // the lowest id of mail that Redis may never have seen, or 0
 
 	held atomic.Bool // it was told to pause
 
@@ -129,7 +131,8 @@ type redisSeat struct {
 	data   string // in which Redis data
 	seated bool
 	left   bool
-	out    error // what its methods answer, once it has been put out
+	out    error // what its methods answer, once it is out
+	told   bool  // and the connection knows
 }
 
 // errBackend is wrapped by what says that Redis has answered nonsense.
@@ -214,8 +217,9 @@ func (h *redisHub) deliver(message string) {
 // err.
 func (m *redisSeat) putOut(why, err error) {
 	m.mu.Lock()
-	first := m.out == nil && !m.left
-	if first {
+	first := !m.told && !m.left
+	m.told = m.told || first
+	if m.out == nil {
 		m.out = err
 	}
 	m.mu.Unlock()
@@ -559,23 +563,38 @@ func (m *redisSeat) reseat(ctx context.Context, why error) error {
 			why = errReplaced
 		}
 	}
-	m.putOut(why, why)
+	// Why that is so is perhaps on its way.
+	m.mu.Lock()
+	if m.out == nil {
+		m.out = why
+	}
+	m.mu.Unlock()
+	time.AfterFunc(reasonGrace, func() { m.putOut(why, why) })
 	return why
 }
+
+// reasonGrace is how long a connection that is out waits to hear why.
+const reasonGrace = 300 * time.Millisecond
 
 func (m *redisSeat) Post(ctx context.Context, to string, f frame, hold bool) (receipt, error) {
 	defer f.release()
 	kind, data := "r", f.data
-	id, before, after := "", "", ""
+	id, before, after, unsure := "", "", "", ""
 	if f.kind == kindMail {
 		kind = "m"
 		if f.id != 0 {
 			id, before, after = mailID(f.id), mailID(f.id-1), mailID(f.id+1)
 		}
+		if m.unsure != 0 {
+			unsure = mailID(m.unsure)
+		}
 	} else {
 		data = encodeFrame(m.seatName(), f)
 	}
-	res, err := m.run(ctx, m.hub.scripts.post, to, kind, data, f.size(), flag01(hold), id, before, after)
+	res, err := m.run(ctx, m.hub.scripts.post, to, kind, data, f.size(), flag01(hold), id, before, after, unsure)
+	if f.id != 0 {
+		m.noteUnsure(f.id, err)
+	}
 	if len(res) < 3 {
 		if err == nil {
 			err = errBackend
@@ -593,6 +612,17 @@ func (m *redisSeat) Post(ctx context.Context, to string, f frame, hold bool) (re
 		m.Flush(ctx)
 	}
 	return r, err
+}
+
+// noteUnsure notes whether Redis has seen the mail of this id. It has to know of
+// one that it may not have seen, or would take it for stored once it has stored a
+// later one.
+func (m *redisSeat) noteUnsure(id uint64, err error) {
+	if err == nil || isNamed(err) {
+		m.unsure = 0
+	} else if m.unsure == 0 || id < m.unsure {
+		m.unsure = id
+	}
 }
 
 // mailID is an id in a form that is ordered as text.

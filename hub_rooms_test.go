@@ -1633,6 +1633,7 @@ func testHubRoomCorkedSlow(h *hubTest) {
 	}
 	hold("held")
 	cat.says("ann", strings.Repeat("x", 101))
+	h.settle()
 	ann.Leave(ctx, false)
 	bob.takes("ann: held")
 	ann.wantOut(errSlow, errReplaced)

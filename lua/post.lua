@@ -1,7 +1,8 @@
 -- Puts a frame in mailboxes. KEYS[1] session; ARGV: instance, holder, the
 -- sender's seat, to, r of relay or m of mail, the frame or payload, its size,
--- 1 to leave the receiver unnotified, and of mail its id, the one before and
--- the one after, in 20 digits each, "" for none.
+-- 1 to leave the receiver unnotified, and of mail its id, the one before, the
+-- one after, and the lowest id that may not have been seen here, in 20 digits
+-- each, "" for none.
 local s, holding, from, to, kind = session(KEYS[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local data, size, hold = ARGV[6], tonumber(ARGV[7]), ARGV[8] == '1'
 local mine = from .. ':h'
@@ -82,6 +83,7 @@ end
 local seq = 0
 local function mail(name)
   local id, box = ARGV[9], mailbox(s, name)
+  refuse(ARGV[12])
   if id ~= '' and stored(id) then
     seq = num(s, from .. ':j')
     for _, entry in ipairs(call('XRANGE', box, '-', '+')) do
