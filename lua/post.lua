@@ -48,6 +48,7 @@ local function stored(id)
 end
 
 local function refuse(id)
+  if type(id) == 'number' then id = string.format('%020.0f', id) end
   local refused = get(s, from .. ':r')
   if id ~= '' and id > (get(s, from .. ':i') or '') and (not refused or id < refused) then
     set(s, from .. ':r', id)
@@ -83,7 +84,9 @@ end
 local seq = 0
 local function mail(name)
   local id, box = ARGV[9], mailbox(s, name)
-  refuse(ARGV[12])
+  if ARGV[12] ~= '' then -- none from there on, but those that have been seen since
+    refuse(math.max(tonumber(ARGV[12]), tonumber(get(s, from .. ':i') or 0) + 1))
+  end
   if id ~= '' and stored(id) then
     seq = num(s, from .. ':j')
     for _, entry in ipairs(call('XRANGE', box, '-', '+')) do
