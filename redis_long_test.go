@@ -176,18 +176,6 @@ func (f *fleet) survive(pairs, mails int, within time.Duration, happen func()) {
 	}
 }
 
-// without is the fleet as a load balancer sees it that has found one instance
-// dead.
-func (f *fleet) without(p *process) *fleet {
-	rest := &fleet{t: f.t}
-	for _, other := range f.all {
-		if other != p {
-			rest.all = append(rest.all, other)
-		}
-	}
-	return rest
-}
-
 // An instance is killed: its clients go on elsewhere, their mail is there, and
 // those of other instances learn of it in time.
 func TestLongInstanceKilled(t *testing.T) {
