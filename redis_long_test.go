@@ -29,6 +29,8 @@ func TestLongFleet(t *testing.T) {
 	t.Logf("1,000 pairs and 50 rooms in %v", time.Since(start).Round(time.Second))
 }
 
+func TestLongHubsInLockstep(t *testing.T) { testHubsInLockstep(t, 100) }
+
 // A survivor is one side of a pair that sends numbered mail and comes back,
 // anywhere, whatever happens to its connection or its instance.
 type survivor struct {
