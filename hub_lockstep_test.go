@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -58,14 +59,16 @@ func testHubsInLockstep(t *testing.T, n int) {
 // A lockSide is one of the two hubs, and who is connected to it.
 type lockSide struct {
 	hub   hub
-	drops [numDropReasons]int
 	seats [4]*lockSeat
 	names [4]string // in a room, of whoever was last seated so
+
+	mu    sync.Mutex          // guards what the hub tells
+	drops [numDropReasons]int // guarded by mu
 }
 
 type lockSeat struct {
 	seat
-	outs   []error
+	outs   []error // guarded by the side's mu
 	cursor uint64
 }
 
@@ -78,7 +81,11 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 		o := hubOptions{
 			maxSessions: 1, sessionTTL: 10 * time.Minute, resumeTTL: time.Minute, roomEmptyTTL: 5 * time.Minute, holdBytes: 3000,
 			queued: &budget{limit: 20_000}, owners: newQuota(0),
-			dropped: func(r dropReason, n int) { side.drops[r] += n },
+			dropped: func(r dropReason, n int) {
+				side.mu.Lock()
+				defer side.mu.Unlock()
+				side.drops[r] += n
+			},
 		}
 		if i == 0 {
 			h := newMemoryHub(o)
@@ -121,8 +128,8 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 		side.hub.End(ctx, id, errGone)
 	}
 	synctest.Wait()
-	if sides[0].drops != sides[1].drops {
-		return fmt.Errorf("dropped %v and %v", sides[0].drops, sides[1].drops)
+	if a, b := sides[0].news(), sides[1].news(); a != b {
+		return fmt.Errorf("in the end %s and %s", a, b)
 	}
 	if err := redisInvariants(sides[1].hub.(*redisHub).client); err != nil {
 		return fmt.Errorf("invariants: %w", err)
@@ -132,6 +139,8 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 
 // news tells what connections were told, and the counts of what was dropped.
 func (s *lockSide) news() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var b strings.Builder
 	for i, seat := range s.seats {
 		if seat != nil && len(seat.outs) > 0 {
@@ -169,6 +178,8 @@ func (s *lockSide) play(step int, l lockStep, id sessionID, room bool, expires t
 		}
 		next := new(lockSeat)
 		seat, v, err := s.hub.Join(ctx, id, r, func(why error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
 			if why != nil {
 				next.outs = append(next.outs, why)
 			}
@@ -189,10 +200,13 @@ func (s *lockSide) play(step int, l lockStep, id sessionID, room bool, expires t
 		next.seat = seat
 		if old := s.seats[who]; old != nil {
 			synctest.Wait()
-			if len(old.outs) == 0 {
+			s.mu.Lock()
+			outs := old.outs
+			s.mu.Unlock()
+			if len(outs) == 0 {
 				old.Leave(ctx, true)
 			}
-			text += fmt.Sprint(" the old one: ", old.outs)
+			text += fmt.Sprint(" the old one: ", outs)
 		}
 		s.seats[who] = next
 		return text

@@ -78,7 +78,14 @@ func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScript
 		"open": &s.open, "join": &s.join, "leave": &s.leave, "post": &s.post, "take": &s.take, "seat": &s.seat,
 		"tell": &s.tell, "end": &s.end, "room": &s.room, "look": &s.look, "tick": &s.tick, "owned": &s.owned,
 	} {
-		*script = newScript(name, before.String(), "session")
+		files := []string{"session"}
+		switch name { // these two are most of the work
+		case "post":
+			files = []string{"relay", "session"}
+		case "take":
+			files = []string{"drain", "session"}
+		}
+		*script = newScript(name, before.String(), files...)
 	}
 	return s
 }

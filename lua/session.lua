@@ -128,8 +128,6 @@ local function commitBytes(s)
   local all = call('HINCRBY', QUEUED, 'all', n)
   if all == n then
     expire(QUEUED, math.max(call('PTTL', SESSIONS) * 1000, LEASE))
-  elseif all == 0 then
-    call('HDEL', QUEUED, 'all')
   end
 end
 
