@@ -247,7 +247,7 @@ func loadConfig(args []string, lookup func(string) (string, bool)) (*config, err
 		c.codeDigitsMax = max(c.codeDigitsMax, c.codeDigits)
 	}
 	problems = append(problems, c.contradictions(jwtKeys(found))...)
-	problems = append(problems, c.redisContradictions(found)...)
+	problems = append(problems, redisContradictions(found)...)
 	if len(problems) > 0 {
 		return nil, errors.Join(problems...)
 	}
@@ -297,11 +297,11 @@ func (c *config) contradictions(keys []string) []error {
 
 // redisContradictions finds settings of Redis that are for different ways to say
 // where it is.
-func (c *config) redisContradictions(found map[string]finding) (problems []error) {
+func redisContradictions(found map[string]finding) (problems []error) {
 	_, byURL := found["REDIS_URL"]
 	_, byHost := found["REDIS_HOST"]
-	for _, part := range []string{"REDIS_HOST", "REDIS_PORT", "REDIS_PASSWORD"} {
-		if _, given := found[part]; !given || part == "REDIS_PORT" && c.redisPort == 0 {
+	for _, part := range []string{"REDIS_HOST", "REDIS_PASSWORD"} {
+		if _, given := found[part]; !given {
 			continue
 		} else if byURL {
 			problems = append(problems, fmt.Errorf("%s and REDIS_URL are both given: keep one", part))

@@ -346,7 +346,7 @@ func TestProblems(t *testing.T) {
 		{name: "a short secret", env: []string{"DEV=false", "JWT_SECRET=0123456789012345678901234567890"}, want: []string{"JWT_SECRET must have at least 32 bytes"}},
 		{name: "TURN without a secret", env: []string{"TURN_URLS=turn:a.example"}, want: []string{"TURN_URLS needs TURN_SECRET"}},
 		{name: "Redis twice", env: []string{"REDIS_URL=redis://a", "REDIS_HOST=a"}, want: []string{"REDIS_HOST and REDIS_URL are both given"}},
-		{name: "a port of Redis alone", env: []string{"REDIS_PORT=6379", "REDIS_PASSWORD=p"}, want: []string{"REDIS_PORT needs REDIS_HOST", "REDIS_PASSWORD needs REDIS_HOST"}},
+		{name: "a password of Redis alone", env: []string{"REDIS_PASSWORD=p"}, want: []string{"REDIS_PASSWORD needs REDIS_HOST"}},
 		{name: "a TURN secret alone", env: []string{"TURN_SECRET=s"}, want: []string{"TURN_SECRET needs TURN_URLS"}},
 		{name: "port in HOST", env: []string{"HOST=127.0.0.1:80"}, want: []string{"the port goes into PORT"}},
 	} {
