@@ -11,7 +11,9 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -128,12 +130,13 @@ func parseSentinels(text string) (*redis.FailoverOptions, error) {
 	return o, nil
 }
 
-// dial returns a client, which connects when it is first used.
-func (a redisAddress) dial() *redis.Client {
+// client returns a client, which connects when it is first used.
+func (a redisAddress) client(held *heldConns) *redis.Client {
 	if o := a.sentinels; o != nil {
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, redisTimeout
 		o.ContextTimeoutEnabled, o.MaxRetries, o.PoolSize, o.Protocol = true, -1, redisConns, 2
 		o.DialerRetries, o.DisableIdentity = 1, true
+		o.Dialer = held.dialer(redis.NewDialer(&redis.Options{DialTimeout: redisTimeout, TLSConfig: o.TLSConfig}))
 		return redis.NewFailoverClient(o)
 	}
 	o := *a.single
@@ -145,6 +148,10 @@ func (a redisAddress) dial() *redis.Client {
 	}
 	o.DialerRetries, o.DisableIdentity = 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	if o.Dialer == nil {
+		o.Dialer = redis.NewDialer(&o)
+	}
+	o.Dialer = held.dialer(o.Dialer)
 	return redis.NewClient(&o)
 }
 
@@ -164,17 +171,73 @@ type redisStore struct {
 	client  *redis.Client
 	log     *slog.Logger
 	metrics *redisMetrics
+	held    *heldConns
 
 	fit atomic.Bool // the server has been looked at, and can be used
 }
 
 func newRedisStore(a redisAddress, log *slog.Logger, m *redisMetrics) *redisStore {
 	logging.Disable() // what the library would print is in the errors it returns
-	return &redisStore{client: a.dial(), log: log, metrics: m}
+	held := &heldConns{all: make(map[net.Conn]struct{})}
+	return &redisStore{client: a.client(held), held: held, log: log, metrics: m}
+}
+
+// heldConns are the open connections to Redis, in order to cut what waits in
+// them: the library would wait for its deadline.
+type heldConns struct {
+	mu  sync.Mutex
+	all map[net.Conn]struct{} // guarded by mu
+}
+
+type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+func (h *heldConns) dialer(dial dialFunc) dialFunc {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		h.mu.Lock()
+		h.all[c] = struct{}{}
+		h.mu.Unlock()
+		if socket, ok := c.(syscall.Conn); ok { // the library looks at it before it uses the connection again
+			return heldSocket{heldConn{c, h}, socket}, nil
+		}
+		return heldConn{c, h}, nil
+	}
+}
+
+// cut ends all connections.
+func (h *heldConns) cut() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for c := range h.all {
+		c.Close()
+	}
+}
+
+type heldConn struct {
+	net.Conn
+	in *heldConns
+}
+
+type heldSocket struct {
+	heldConn
+	syscall.Conn
+}
+
+func (c heldConn) Close() error {
+	c.in.mu.Lock()
+	delete(c.in.all, c.Conn)
+	c.in.mu.Unlock()
+	return c.Conn.Close()
 }
 
 // close ends every call that waits.
-func (r *redisStore) close() { r.client.Close() }
+func (r *redisStore) close() {
+	r.client.Close()
+	r.held.cut()
+}
 
 // Oldest Redis that has XTRIM MINID and exclusive ranges. Valkey counts on from
 // it.

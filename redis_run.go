@@ -30,7 +30,10 @@ func (h *redisHub) Run(ctx context.Context) error {
 		defer close(hearing)
 		h.hear(ctx)
 	}()
-	defer func() { <-hearing }()
+	defer func() {
+		h.held.cut()
+		<-hearing
+	}()
 	defer h.retire()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
