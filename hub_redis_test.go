@@ -59,13 +59,13 @@ func miniEnv() hubEnv {
 		})
 	}
 	env.newHub = func(t *testing.T, o hubOptions) hub {
-		h := newRedisHub(o, newTestStore(t, options), 20*time.Second, redisClock)
+		h := newRedisHub(o, newTestStore(t, options), time.Minute, redisClock)
 		t.Cleanup(startHub(h))
 		synctest.Wait()
 		return h
 	}
 	env.waiting = redisWaiting
-	env.few = 8
+	env.few = 4
 	env.sweep = nil
 	env.check = func(h hub) error { return redisInvariants(h.(*redisHub).client) }
 	return env

@@ -235,7 +235,7 @@ func newHubTest(t *testing.T, env hubEnv) *hubTest {
 // fewer is n, or less for a hub that is slow.
 func (h *hubTest) fewer(n int) int {
 	if h.few > 0 {
-		return n / 4
+		return n / 8
 	}
 	return n
 }
@@ -831,7 +831,7 @@ func testReservationOver(h *hubTest) {
 // Who returns at the very moment the reservation ends is back, or new; either
 // way it then sits as firmly as anyone.
 func testReservationRace(h *hubTest) {
-	for range 50 {
+	for range h.fewer(50) {
 		id := uuid.New()
 		a, b := h.joinAs("A x", id, request("A x")), h.joinAs("B", id, request("B"))
 		a.takes("joined")
@@ -2289,7 +2289,7 @@ func (h *hubTest) hammer(random *rand.Rand, connections *atomic.Uint64, id sessi
 	})
 
 	name := fmt.Sprint(connections.Add(1))
-	for n := 1; n < h.fewer(40); n++ {
+	for n := 1; n < 10+h.fewer(30); n++ {
 		text := []byte(fmt.Sprint(name, "r ", n, strings.Repeat(".", random.IntN(100))))
 		kind, to := kindRelay, other
 		if random.IntN(3) == 0 {
