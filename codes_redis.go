@@ -85,7 +85,7 @@ func (c *redisCodes) Redeem(ctx context.Context, code string) (session sessionID
 	if !validCode(code) {
 		return session, expires, errCodeGone
 	}
-	res, err := c.eval(ctx, c.redeeming, []string{code})
+	res, err := c.eval(ctx, c.redeeming, []string{"parley:code:" + code})
 	if err != nil {
 		return session, expires, err
 	}

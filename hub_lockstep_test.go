@@ -109,6 +109,7 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 	synctest.Wait()
 	expires := time.Now().Add(30 * time.Minute)
 	for i, s := range script {
+		time.Sleep(time.Millisecond) // so that reservations end one after another
 		var seen [2]string
 		for j, side := range sides {
 			seen[j] = side.play(i, s, id, room, expires)

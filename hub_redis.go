@@ -155,9 +155,13 @@ var hubErrors = map[string]error{
 // postErrors are those that post has other words for.
 var postErrors = map[string]error{"full": errMailFull, "capacity": errOverCapacity}
 
-// run runs a script, passes on what it says to connections, and returns what
-// else it answers.
-func (h *redisHub) run(ctx context.Context, s *redisScript, keys []string, args ...any) (answer []any, err error) {
+// run runs a script on sessions, passes on what it says to connections, and
+// returns what else it answers.
+func (h *redisHub) run(ctx context.Context, s *redisScript, sessions []string, args ...any) (answer []any, err error) {
+	keys := make([]string, len(sessions))
+	for i, id := range sessions {
+		keys[i] = "parley:{" + id + "}"
+	}
 	res, err := h.eval(ctx, s, keys, args...)
 	if err != nil {
 		return nil, err

@@ -25,12 +25,14 @@ func wakeChannel(instance string) string { return "parley:wake:" + instance }
 
 // Run goes on until ctx is done, or Redis turns out to be none that can be used.
 func (h *redisHub) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
 	hearing := make(chan struct{})
 	go func() {
 		defer close(hearing)
 		h.hear(ctx)
 	}()
 	defer func() {
+		cancel()
 		h.held.cut()
 		<-hearing
 	}()

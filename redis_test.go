@@ -89,6 +89,26 @@ func TestRedisTLS(t *testing.T) {
 	}
 }
 
+// A user who may do no more than docs/scaling.md says can be parley.
+func TestRedisACL(t *testing.T) {
+	server := startRedis(t)
+	if err := server.client().Do(ctx, "ACL", "SETUSER", "parley", "on", ">secret", "resetchannels", "~parley:*", "&parley:*", "+@all", "-@dangerous", "+info").Err(); err != nil {
+		t.Fatal(err)
+	}
+	f := startFleet(t, 2, "redis://parley:secret@"+server.addr)
+	if err := f.pair(3); err != nil {
+		t.Error(err)
+	}
+	if err := f.room(3); err != nil {
+		t.Error(err)
+	}
+	for _, p := range f.all {
+		if n := binaryMetric(t, p, "parley_redis_errors_total"); n != 0 {
+			t.Errorf("%v calls have failed", n)
+		}
+	}
+}
+
 // A Redis that does not answer slows down who asks it, and nobody's heartbeats,
 // nor the end.
 func TestRedisSlow(t *testing.T) {

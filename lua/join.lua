@@ -2,7 +2,7 @@
 -- version, create (1, or toomany: its owner may have no more), 1 if it counts
 -- to a quota, resume, display name, password, 1 to be seated again after the
 -- instance's lease was lost.
-local id, holding, kind, name, claim = KEYS[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local id, holding, kind, name, claim = idOf(KEYS[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v, create, counts, resume, displayName = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local password, again = ARGV[11], ARGV[12] == '1'
 

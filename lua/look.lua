@@ -3,9 +3,9 @@
 -- and claim. Answers for each o, n if it should look, l if it was lost and may
 -- be had again, r if another has it, g if the session is gone.
 local answers = {}
-for i, id in ipairs(KEYS) do
+for i, key in ipairs(KEYS) do
   local holding, name, claim = ARGV[3 * i - 1], ARGV[3 * i], ARGV[3 * i + 1]
-  local s = session(id)
+  local s = session(idOf(key))
   fetch(s, 'k', name .. ':h', name .. ':c', name .. ':a')
   local answer = 'o'
   if not get(s, 'k') then

@@ -1,7 +1,7 @@
--- Opens a session. KEYS[1] its ID; ARGV: instance, expires, 1 if it counts to a
+-- Opens a session. KEYS[1] it; ARGV: instance, expires, 1 if it counts to a
 -- quota, all that no script needs, and of a room its code, seats, locked and
 -- password.
-local id = KEYS[1]
+local id = idOf(KEYS[1])
 local s = load(id)
 if s and not over(s) then return reply('taken') end
 if s then finish(s, 'g') end

@@ -1,4 +1,4 @@
 -- Answers for each session in KEYS whether it is there.
 local there = {}
-for i, id in ipairs(KEYS) do there[i] = call('EXISTS', 'parley:{' .. id .. '}') end
+for i, key in ipairs(KEYS) do there[i] = call('EXISTS', key) end
 return reply('ok', there)

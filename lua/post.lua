@@ -3,7 +3,7 @@
 -- 1 to leave the receiver unnotified, and of mail its id, the one before, the
 -- one after, and the lowest id that may not have been seen here, in 20 digits
 -- each, "" for none.
-local s, holding, from, to, kind = session(KEYS[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local s, holding, from, to, kind = session(idOf(KEYS[1])), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local data, size, hold = ARGV[6], tonumber(ARGV[7]), ARGV[8] == '1'
 local mine = from .. ':h'
 if from == 'A' or from == 'B' then

@@ -3,7 +3,7 @@
 do
   local call, from, to = redis.call, ARGV[3], ARGV[3] == 'A' and 'B' or 'A'
   if ARGV[5] == 'r' and (from == 'A' or from == 'B') and (ARGV[4] == '' or ARGV[4] == to) then
-    local key, size = 'parley:{' .. KEYS[1] .. '}', tonumber(ARGV[7])
+    local key, id, size = KEYS[1], string.sub(KEYS[1], 9, -2), tonumber(ARGV[7])
     local f = call('HMGET', key, 'k', from .. ':h', to .. ':h', to .. ':q')
     if f[1] == 'p' and f[2] == ARGV[2] and f[3] and (f[4] or 0) + size <= math.min(HOLD, LONG_QUEUE) then
       local queue = key .. ':q:' .. to
@@ -11,7 +11,7 @@ do
         call('PEXPIRE', queue, math.ceil((RESUME_TTL + SESSION_TTL + 8 * LEASE) / 1000))
       end
       call('HINCRBY', key, to .. ':q', size)
-      call('HINCRBY', 'parley:queued', KEYS[1], size)
+      call('HINCRBY', 'parley:queued', id, size)
       if call('HINCRBY', 'parley:queued', 'all', size) == size then
         call('PEXPIRE', 'parley:queued', math.max(call('PTTL', 'parley:sessions'), 1000))
       end

@@ -1,7 +1,7 @@
 -- Returns what is known of a session, a room's changed first. KEYS[1] session,
--- or "" where a code is given; ARGV: instance, 1 if it must be a room, seats,
+-- or none, parley:{}, where a code is given; ARGV: instance, 1 if it must be a room, seats,
 -- locked and password, each "" where it stays, and a code.
-local id = KEYS[1]
+local id = idOf(KEYS[1])
 if ARGV[6] then id = call('GET', 'parley:room:' .. ARGV[6]) end
 local s = id and load(id)
 if not s or over(s) then return reply('gone') end

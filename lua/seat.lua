@@ -1,6 +1,6 @@
 -- What else a seat may do. KEYS[1] session; ARGV: instance, holder, seat, what
 -- (held, ack, report), and a number.
-local s, name, what, n = session(KEYS[1]), ARGV[3], ARGV[4], tonumber(ARGV[5])
+local s, name, what, n = session(idOf(KEYS[1])), ARGV[3], ARGV[4], tonumber(ARGV[5])
 fetch(s, 'k', name .. ':h')
 if not get(s, 'k') then return reply('gone') end
 if holder(s, name) ~= ARGV[2] then return reply('replaced') end

@@ -74,6 +74,8 @@ end
 -- --- A session, of which fields are read when they are asked for, or all at
 -- once, and written by commit.
 
+local function idOf(key) return string.sub(key, 9, -2) end -- without parley:{ and }
+
 local function session(id)
   return {id = id, key = 'parley:{' .. id .. '}', f = {}, dirty = {}, bytes = 0}
 end

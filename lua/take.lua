@@ -1,6 +1,6 @@
 -- Takes what waits for a seat. KEYS[1] session; ARGV: instance, holder, seat,
 -- the seq after which mail is wanted or "" for none, bytes, and frames.
-local s, holding, name, after = session(KEYS[1]), ARGV[2], ARGV[3], ARGV[4]
+local s, holding, name, after = session(idOf(KEYS[1])), ARGV[2], ARGV[3], ARGV[4]
 local budget, capacity = tonumber(ARGV[5]), tonumber(ARGV[6])
 local o = other(name)
 fetch(s, 'k', name .. ':h', name .. ':q', name .. ':u', name .. ':w')
