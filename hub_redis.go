@@ -542,8 +542,13 @@ func (m *redisSeat) run(ctx context.Context, s *redisScript, args ...any) ([]any
 // reseat is called when a script says that the seat is not held any more.
 func (m *redisSeat) reseat(ctx context.Context, why error) error {
 	h := m.hub
-	if _, err := h.tick(ctx); err != nil { // which learns whether the lease was lost
-		return err
+	m.mu.Lock()
+	known := m.losses != h.losses.Load()
+	m.mu.Unlock()
+	if !known {
+		if _, err := h.tick(ctx); err != nil { // which learns whether the lease was lost
+			return err
+		}
 	}
 	m.joining.Lock()
 	defer m.joining.Unlock()
@@ -730,11 +735,25 @@ func (h *redisHub) leave(ctx context.Context, m *redisSeat, name string, forGood
 		h.retryLeave(m, forGood)
 		return err
 	}
+	if err != nil && m.mayBeSeatedYet() {
+		h.retryLeave(m, forGood)
+		return err
+	}
 	h.forget(m)
 	if err == nil && !forGood && h.resumeTTL < h.tickEvery() {
 		h.wakeRun() // its reservation is over before the next tick
 	}
 	return err
+}
+
+// mayBeSeatedYet reports, once, whether the script that was to take the seat had
+// no answer: it may run even after one that was called later.
+func (m *redisSeat) mayBeSeatedYet() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	first := !m.seated
+	m.seated = true
+	return first
 }
 
 func (h *redisHub) retryLeave(m *redisSeat, forGood bool) {

@@ -223,6 +223,7 @@ type redisMetrics struct {
 	leasesLost prometheus.Counter
 	reseated   prometheus.Counter
 	pruned     prometheus.Counter
+	leaving    prometheus.Gauge
 }
 
 func newRedisMetrics(m *metrics) *redisMetrics {
@@ -238,7 +239,9 @@ func newRedisMetrics(m *metrics) *redisMetrics {
 		wakes:      counter("wakes_total", "Notifications from other instances."),
 		leasesLost: counter("leases_lost_total", "Times that this instance was taken for dead, or Redis was away for so long."),
 		reseated:   counter("reseated_total", "Connections that were seated again after that."),
-		pruned:     counter("pruned_seats_total", "Seats of dead instances that this one has dealt with."),
+		leaving: make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Subsystem: "redis", Name: "leaves_pending",
+			Help: "Seats of connections that ended while Redis was away, which does not know of it yet."}),
+		pruned: counter("pruned_seats_total", "Seats of dead instances that this one has dealt with."),
 	}
 	seconds := make.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "parley", Subsystem: "redis", Name: "call_seconds", Help: "Time that calls to Redis take, by script.",

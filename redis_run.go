@@ -16,6 +16,7 @@ import (
 // Bounds of the background work.
 const (
 	tickBatch  = 64               // seats and sessions that one tick deals with
+	leaveBatch = 256              // seats left between two ticks
 	lookBatch  = 64               // seats that one look asks for
 	tickLater  = 10 * time.Second // longest time between two ticks
 	retryRedis = 250 * time.Millisecond
@@ -83,8 +84,10 @@ func (h *redisHub) work(ctx context.Context, looked *time.Time) (time.Duration, 
 		h.log.Info("Redis is there")
 		h.lookSoon()
 	}
-	if err := h.leaveAgain(ctx); err != nil {
+	if more, err := h.leaveAgain(ctx); err != nil {
 		return 0, err
+	} else if more {
+		next = 0
 	}
 	if now := time.Now(); h.lookIsDue(now, *looked) {
 		if err := h.lookAtAll(ctx); err != nil {
@@ -151,21 +154,25 @@ func (h *redisHub) tick(ctx context.Context) (next time.Duration, err error) {
 	return next, nil
 }
 
-// leaveAgain leaves the seats that could not be left when their connections
-// ended.
-func (h *redisHub) leaveAgain(ctx context.Context) error {
+// leaveAgain leaves seats that could not be left when their connections ended,
+// and reports whether there are more.
+func (h *redisHub) leaveAgain(ctx context.Context) (more bool, err error) {
 	h.mu.Lock()
-	leaving := make(map[*redisSeat]bool, len(h.leaving))
+	leaving := make(map[*redisSeat]bool)
 	for m, forGood := range h.leaving {
+		if more = len(leaving) == leaveBatch; more {
+			break
+		}
 		leaving[m] = forGood
 	}
+	h.metrics.leaving.Set(float64(len(h.leaving)))
 	h.mu.Unlock()
 	for m, forGood := range leaving {
 		if err := h.leave(ctx, m, m.seatName(), forGood); err != nil && !isNamed(err) {
-			return err
+			return true, err
 		}
 	}
-	return nil
+	return more, nil
 }
 
 // lookAtAll looks at every seat of this instance, and at what counts to its
