@@ -9,6 +9,7 @@ NEEDS := \
 	node:nodejs \
 	npm:npm \
 	turnserver:coturn \
+	redis-server:redis-server \
 	chromium:chromium
 
 FUZZTIME ?= 30s

@@ -75,6 +75,13 @@ type config struct {
 	trustedProxies []netip.Prefix // masked, and IPv4 never in its IPv6-mapped form
 	rateExempt     []netip.Prefix
 
+	// Redis, by URL or in parts of one, or neither: then all is in memory.
+	redisURL      string
+	redisAddress  redisAddress // read from either; its zero is none
+	redisHost     string
+	redisPort     int
+	redisPassword string
+
 	// Limits; 0 is none, except for maxConns.
 	httpRatePerMin int
 	wsRatePerMin   int
@@ -192,6 +199,15 @@ func configOptions(c *config) []option {
 		{name: "RATE_EXEMPT", optionValue: listOption(&c.rateExempt, parseNetwork, netip.Prefix.String),
 			help: "callers that no limit by address applies to: addresses or CIDRs, separated by commas"},
 
+		{name: "REDIS_URL", secret: true, optionValue: redisOption(&c.redisURL, &c.redisAddress),
+			help: "Redis that any number of instances share: redis://[user:password@]host[:port][/db], rediss:// for TLS, or redis+sentinel://[user:password@]host[:port],host[:port]/name; unset, everything is in memory"},
+		{name: "REDIS_HOST", optionValue: checkedOption(&c.redisHost, checkRedisHost),
+			help: "host of Redis, instead of REDIS_URL"},
+		{name: "REDIS_PORT", def: "6379", optionValue: intOption(&c.redisPort, 1, 65535),
+			help: "port of Redis beside REDIS_HOST"},
+		{name: "REDIS_PASSWORD", secret: true, optionValue: stringOption(&c.redisPassword),
+			help: "password of Redis beside REDIS_HOST"},
+
 		{name: "HTTP_RATE_PER_MIN", def: "0", optionValue: intOption(&c.httpRatePerMin, 0, many),
 			help: "API calls a minute from one address; 0 is no limit"},
 		{name: "WS_RATE_PER_MIN", def: "0", optionValue: intOption(&c.wsRatePerMin, 0, many),
@@ -234,8 +250,12 @@ func loadConfig(args []string, lookup func(string) (string, bool)) (*config, err
 		c.codeDigitsMax = max(c.codeDigitsMax, c.codeDigits)
 	}
 	problems = append(problems, c.contradictions(jwtKeys(found))...)
+	problems = append(problems, redisContradictions(found)...)
 	if len(problems) > 0 {
 		return nil, errors.Join(problems...)
+	}
+	if c.redisHost != "" {
+		c.redisAddress = redisAt(c.redisHost, c.redisPort, c.redisPassword)
 	}
 	return c, nil
 }
@@ -274,6 +294,23 @@ func (c *config) contradictions(keys []string) []error {
 	}
 	if !c.dev && c.jwtSecret != "" && len(c.jwtSecret) < minJWTSecret {
 		problems = append(problems, fmt.Errorf("JWT_SECRET must have at least %d bytes unless DEV=true: this one, of %d, can be found by trying", minJWTSecret, len(c.jwtSecret)))
+	}
+	return problems
+}
+
+// redisContradictions finds settings of Redis that are for different ways to say
+// where it is.
+func redisContradictions(found map[string]finding) (problems []error) {
+	_, byURL := found["REDIS_URL"]
+	_, byHost := found["REDIS_HOST"]
+	for _, part := range []string{"REDIS_HOST", "REDIS_PASSWORD"} {
+		if _, given := found[part]; !given {
+			continue
+		} else if byURL {
+			problems = append(problems, fmt.Errorf("%s and REDIS_URL are both given: keep one", part))
+		} else if !byHost {
+			problems = append(problems, fmt.Errorf("%s needs REDIS_HOST beside it", part))
+		}
 	}
 	return problems
 }
@@ -553,6 +590,14 @@ func keyFileOption(field *string, key *crypto.PublicKey) optionValue {
 	})
 }
 
+// redisOption takes the URL of a Redis.
+func redisOption(field *string, address *redisAddress) optionValue {
+	return checkedOption(field, func(text string) (err error) {
+		*address, err = parseRedisURL(text)
+		return err
+	})
+}
+
 func boolOption(field *bool) optionValue {
 	v := parsedOption(field, func(text string) (bool, error) {
 		b, err := strconv.ParseBool(text)
@@ -764,6 +809,13 @@ func checkHost(host string) error {
 		hint = ": the port goes into PORT"
 	}
 	return fmt.Errorf("must be an IP address, a host name or unix:/path, not %q%s", host, hint)
+}
+
+func checkRedisHost(host string) error {
+	if _, ok := canonicalHost(host); !ok {
+		return fmt.Errorf("must be an IP address or a host name, not %q", host)
+	}
+	return nil
 }
 
 func checkAddr(addr string) error {

@@ -96,6 +96,7 @@ type conn struct {
 
 	lastByte atomic.Int64 // when something was read, since start
 	paused   atomic.Bool  // not reading, because someone is slow to
+	asking   atomic.Bool  // not reading, because a hub elsewhere is slow to answer
 	flooded  atomic.Bool  // there are more answers than should wait
 	broken   atomic.Bool  // writing has failed
 	turn     atomic.Int32 // the write turn: turnFree, turnTaken, turnAgain
@@ -801,7 +802,7 @@ func (c *conn) beat() {
 		return
 	}
 	silentAt := c.lastByte.Load() + int64(2*c.heartbeat)
-	if c.paused.Load() { // then silence does not count
+	if c.paused.Load() || c.asking.Load() { // then silence does not count
 		silentAt = now + int64(2*c.heartbeat)
 	}
 	if now >= silentAt {

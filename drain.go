@@ -106,7 +106,14 @@ func (s *server) drain(ctx context.Context) {
 	case <-cut.C:
 	}
 	s.clients.each(func(c *client) { c.abort(closeGoingAway) })
-	<-drained
+	select {
+	case <-drained:
+	case <-ctx.Done(): // their seats cannot be left in time
+		if s.backend != nil {
+			s.backend.close()
+		}
+		<-drained
+	}
 	s.tasks.Wait()
 }
 

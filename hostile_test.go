@@ -39,7 +39,7 @@ func newLoopServer(t testing.TB, settings ...string) (ts *testServer, addr strin
 	}
 	ts = &testServer{t: t, log: new(lockedBuffer)}
 	ts.server = newParley(cfg, slog.New(slog.NewTextHandler(ts.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
-	ts.memory, ts.table = ts.hub.(*memoryHub), ts.codes.(*codeTable)
+	ts.inMemory()
 	fronts, err := ts.openFronts()
 	if err != nil {
 		t.Fatal(err)

@@ -370,9 +370,10 @@ func seatIndex(name string) int {
 // from 2025 to its creation, so that a watermark of an earlier life trims
 // nothing. A clock that is before 2025 knows no better.
 func (s *memorySession) firstSeq() uint64 {
-	epoch := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
-	return uint64(max(s.created.Sub(epoch).Milliseconds(), 0))
+	return uint64(max(s.created.Sub(seqEpoch()).Milliseconds(), 0))
 }
+
+func seqEpoch() time.Time { return time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC) }
 
 // slot returns a pair's slot at index i, created if need be. The caller holds mu.
 func (s *memorySession) slot(i int) *memorySlot {

@@ -82,15 +82,15 @@ var hubRoomScenarios = []struct {
 // --- Words.
 
 // hubRoomMeta describes a room of four that lives for an hour.
-func hubRoomMeta(id sessionID, code string) meta {
-	now := time.Now()
+func (h *hubTest) hubRoomMeta(id sessionID, code string) meta {
+	now := h.now()
 	return meta{ID: id, Expires: now.Add(time.Hour), Room: &roomMeta{Code: code, Created: now, Max: 4}}
 }
 
 // hubRoom opens the room a scenario plays in, changed as it likes.
 func (h *hubTest) hubRoom(change ...func(*meta)) {
 	h.Helper()
-	m := hubRoomMeta(h.id, "PARTY2")
+	m := h.hubRoomMeta(h.id, "PARTY2")
 	for _, c := range change {
 		c(&m)
 	}
@@ -100,7 +100,9 @@ func (h *hubTest) hubRoom(change ...func(*meta)) {
 // hubRoomOpens fails unless opening answers want.
 func (h *hubTest) hubRoomOpens(want error, m meta) {
 	h.Helper()
-	if err := h.start().Open(ctx, m); !errors.Is(err, want) {
+	h.start()
+	h.settle() // what has ended counts to nobody any more
+	if err := h.hub.Open(ctx, m); !errors.Is(err, want) {
 		h.Errorf("open: %v, want %v", err, want)
 	}
 	if want == nil && !slices.Contains(h.ids, m.ID) {
@@ -315,16 +317,16 @@ func (g hubRoomGuest) posts(want error, to, data string) {
 func testHubRoomOpen(h *hubTest) {
 	h.hubRoom()
 	other := uuid.New()
-	h.hubRoomOpens(errTaken, hubRoomMeta(h.id, "OTHER2")) // the ID
-	h.hubRoomOpens(errTaken, hubRoomMeta(other, "PARTY2"))
-	h.hubRoomOpens(errTaken, meta{ID: h.id, Expires: time.Now().Add(time.Hour)})
+	h.hubRoomOpens(errTaken, h.hubRoomMeta(h.id, "OTHER2")) // the ID
+	h.hubRoomOpens(errTaken, h.hubRoomMeta(other, "PARTY2"))
+	h.hubRoomOpens(errTaken, meta{ID: h.id, Expires: h.now().Add(time.Hour)})
 	h.hubRoomGone(other, "OTHER2") // neither has left anything
 
 	pair := uuid.New()
-	h.hubRoomOpens(nil, meta{ID: pair, Expires: time.Now().Add(time.Hour)})
-	h.hubRoomOpens(errTaken, hubRoomMeta(pair, "OTHER2"))
+	h.hubRoomOpens(nil, meta{ID: pair, Expires: h.now().Add(time.Hour)})
+	h.hubRoomOpens(errTaken, h.hubRoomMeta(pair, "OTHER2"))
 
-	h.hubRoomOpens(nil, hubRoomMeta(other, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(other, "OTHER2"))
 	if id, err := h.hub.Find(ctx, "PARTY2"); err != nil || id != h.id {
 		h.Errorf("the first room's code leads to %v, %v", id, err)
 	}
@@ -334,7 +336,7 @@ func testHubRoomCode(h *hubTest) {
 	again := func(what string) {
 		h.Helper()
 		id := uuid.New()
-		h.hubRoomOpens(nil, hubRoomMeta(id, "PARTY2"))
+		h.hubRoomOpens(nil, h.hubRoomMeta(id, "PARTY2"))
 		if found, err := h.hub.Find(ctx, "PARTY2"); err != nil || found != id {
 			h.Errorf("%s the code leads to %v, %v; want %v", what, found, err, id)
 		}
@@ -364,7 +366,7 @@ func testHubRoomCapacity(h *hubTest) {
 	pair := h.joinAs("A of a pair", uuid.New(), request("A"))
 	h.hubRoom()
 	third := uuid.New()
-	m := hubRoomMeta(third, "THIRD2")
+	m := h.hubRoomMeta(third, "THIRD2")
 	m.Room.Owner = owner
 	full := func() {
 		h.Helper()
@@ -383,17 +385,17 @@ func testHubRoomCapacity(h *hubTest) {
 	h.hub.End(ctx, h.id, errGone) // ending it twice frees no more
 	h.hubRoomOpens(nil, m)        // whose owner the refused ones do not count to, nor is its code taken
 	h.id = uuid.New()
-	h.hubRoomOpens(errCapacity, hubRoomMeta(h.id, "PARTY2"))
+	h.hubRoomOpens(errCapacity, h.hubRoomMeta(h.id, "PARTY2"))
 	pair.leave(true)
 	h.hubRoom()
-	h.hubRoomOpens(errCapacity, hubRoomMeta(uuid.New(), "FOURTH"))
+	h.hubRoomOpens(errCapacity, h.hubRoomMeta(uuid.New(), "FOURTH"))
 }
 
 func testHubRoomOwners(h *hubTest) {
 	h.owners = newQuota(2)
 	mine, other, third := netip.MustParsePrefix("10.0.0.1/32"), netip.MustParsePrefix("10.0.0.2/32"), netip.MustParsePrefix("10.0.0.3/32")
 	room := func(owner network, code string) meta {
-		m := hubRoomMeta(uuid.New(), code)
+		m := h.hubRoomMeta(uuid.New(), code)
 		m.Room.Owner = owner
 		return m
 	}
@@ -435,7 +437,7 @@ func testHubRoomOwners(h *hubTest) {
 func testHubRoomFind(h *hubTest) {
 	h.hubRoom()
 	other := uuid.New()
-	h.hubRoomOpens(nil, hubRoomMeta(other, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(other, "OTHER2"))
 	find := func(code string, want sessionID) {
 		h.Helper()
 		if id, err := h.hub.Find(ctx, code); err != nil || id != want {
@@ -455,7 +457,7 @@ func testHubRoomFind(h *hubTest) {
 }
 
 func testHubRoomGet(h *hubTest) {
-	want := hubRoomMeta(h.id, "PARTY2")
+	want := h.hubRoomMeta(h.id, "PARTY2")
 	want.Room.Creator, want.Room.Token = "who opened it", secret("token")
 	want.Room.Owner = netip.MustParsePrefix("10.0.0.1/32")
 	want.Room.Max, want.Room.Locked = 7, false
@@ -490,7 +492,7 @@ func testHubRoomGet(h *hubTest) {
 }
 
 func testHubRoomGetPair(h *hubTest) {
-	expires := time.Now().Add(time.Hour)
+	expires := h.now().Add(time.Hour)
 	h.hubRoomOpens(nil, meta{ID: h.id, Expires: expires})
 	get := func(taken int) {
 		h.Helper()
@@ -511,7 +513,7 @@ func testHubRoomGetPair(h *hubTest) {
 }
 
 func testHubRoomUpdate(h *hubTest) {
-	want := hubRoomMeta(h.id, "PARTY2")
+	want := h.hubRoomMeta(h.id, "PARTY2")
 	want.Room.Creator = "who opened it"
 	h.hubRoomOpens(nil, want)
 	ann := h.hubRoomJoins("ann", "bob")[0]
@@ -563,7 +565,7 @@ func testHubRoomUpdateGone(h *hubTest) {
 	}
 	gone(uuid.New())
 	pair := uuid.New()
-	h.hubRoomOpens(nil, meta{ID: pair, Expires: time.Now().Add(time.Hour)})
+	h.hubRoomOpens(nil, meta{ID: pair, Expires: h.now().Add(time.Hour)})
 	gone(pair)
 	if m, _, err := h.hub.Get(ctx, pair); err != nil || m.Room != nil {
 		h.Errorf("the pair is %+v, %v", m, err)
@@ -671,7 +673,7 @@ func testHubRoomExpiredJoin(h *hubTest) {
 }
 
 func testHubRoomEnd(h *hubTest) {
-	why := errors.New("why")
+	why := errRoomDeleted
 	h.hubRoom()
 	all := h.hubRoomJoins("ann", "bob", "cat", "dan")
 	ann, bob, cat, dan := all[0], all[1], all[2], all[3]
@@ -747,7 +749,7 @@ func testHubRoomJoin(h *hubTest) {
 
 	// A name is that of a seat of one room.
 	elsewhere := uuid.New()
-	h.hubRoomOpens(nil, hubRoomMeta(elsewhere, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(elsewhere, "OTHER2"))
 	hubRoomGuest{h.joinAs("ann elsewhere", elsewhere, hubRoomRequest("ann"))}.sees("ann")
 	ann.takes()
 }
@@ -1101,7 +1103,7 @@ func testHubRoomWrongClaim(h *hubTest) {
 
 	// A right one is for its room only.
 	elsewhere := uuid.New()
-	h.hubRoomOpens(nil, hubRoomMeta(elsewhere, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(elsewhere, "OTHER2"))
 	g := h.joinAs("bob elsewhere", elsewhere, hubRoomReturn("bob"))
 	if g.view.resumed != resumedNot {
 		h.Error("resumed in another room")
@@ -1376,7 +1378,7 @@ func testHubRoomAwayBytes(h *hubTest) {
 func testHubRoomStale(h *hubTest) {
 	for _, forGood := range []bool{true, false} {
 		h.id = uuid.New()
-		h.hubRoomOpens(nil, hubRoomMeta(h.id, h.id.String()))
+		h.hubRoomOpens(nil, h.hubRoomMeta(h.id, h.id.String()))
 		all := h.hubRoomJoins("ann", "bob", "cat", "dan")
 		ann, bob, cat, dan := all[0], all[1], all[2], all[3]
 		bob.leave(false)
@@ -1564,7 +1566,7 @@ func testHubRoomSlowLeft(h *hubTest) {
 
 	// A room of one who was put out is not empty before that.
 	h.id = uuid.New()
-	h.hubRoomOpens(nil, hubRoomMeta(h.id, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(h.id, "OTHER2"))
 	all = h.hubRoomJoins("ann", "bob")
 	all[0].says("bob", strings.Repeat("x", 101))
 	all[1].wantOut(errSlow, errReplaced)
@@ -1631,6 +1633,7 @@ func testHubRoomCorkedSlow(h *hubTest) {
 	}
 	hold("held")
 	cat.says("ann", strings.Repeat("x", 101))
+	h.settle()
 	ann.Leave(ctx, false)
 	bob.takes("ann: held")
 	ann.wantOut(errSlow, errReplaced)
@@ -1697,7 +1700,7 @@ func testHubRoomReport(h *hubTest) {
 
 	// Those who are away are not connected.
 	h.id = uuid.New()
-	h.hubRoomOpens(nil, hubRoomMeta(h.id, "OTHER2"))
+	h.hubRoomOpens(nil, h.hubRoomMeta(h.id, "OTHER2"))
 	h.hubRoomJoin("ann").leave(false)
 	bob = h.hubRoomJoin("bob")
 	h.advance(10 * time.Second)
@@ -1757,7 +1760,7 @@ type hubRoomWaiting struct {
 
 func hubRoomPlay(h *hubTest, script []hubRoomStep) error {
 	h.holdBytes, h.roomEmptyTTL = 2000, 24*time.Hour
-	h.hubRoom(func(m *meta) { m.Expires = time.Now().Add(48 * time.Hour) })
+	h.hubRoom(func(m *meta) { m.Expires = h.now().Add(48 * time.Hour) })
 	m := &hubRoomModel{hubTest: h}
 	var people [5]*hubRoomMember // nil, or a member, or once one
 	for i, s := range script {

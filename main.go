@@ -79,6 +79,9 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 // serve runs a server until stopping receives a signal, or something fails.
 func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.Signal) error {
 	p := newParley(cfg, log)
+	if err := p.checkBackend(); err != nil {
+		return err
+	}
 	fronts, err := p.openFronts()
 	if err != nil {
 		return err
@@ -144,17 +147,18 @@ func localNetworkAddress() string {
 	return ""
 }
 
-// newParley puts a server together with everything in this process's memory.
+// newParley puts a server together, with everything in this process's memory or
+// in the Redis that is configured.
 func newParley(cfg *config, log *slog.Logger) *server {
 	m := newMetrics()
 	queued := &budget{limit: cfg.maxQueuedBytes}
 	l := newLimits(cfg)
-	table := newCodeTable(codeOptions{
+	code := codeOptions{
 		digits: cfg.codeDigits, maxDigits: cfg.codeDigitsMax,
 		failures: l.failures.count,
 		grown:    func(digits int) { log.Info("new codes have another length", "digits", digits) },
-	})
-	h := newMemoryHub(hubOptions{
+	}
+	o := hubOptions{
 		maxSessions: cfg.maxSessions,
 		sessionTTL:  cfg.sessionTTL,
 		resumeTTL:   cfg.resumeTTL,
@@ -164,7 +168,21 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		queued:       queued,
 		owners:       l.codes,
 		dropped:      m.drop,
-	})
+	}
+	if cfg.redisAddress.given() {
+		store := newRedisStore(cfg.redisAddress, log, newRedisMetrics(m))
+		h, c := newRedisHub(o, store, cfg.heartbeat, redisClock), newRedisCodes(code, store, redisClock)
+		m.watch(gauges{
+			codes:    c.stats,
+			sessions: func() int { return int(h.counts.sessions.Load()) },
+			rooms:    func() int { return int(h.counts.rooms.Load()) },
+			queued:   func() int64 { return h.counts.queued.Load() + queued.used.Load() },
+		})
+		s := newServer(cfg, log, m, h, c, l, queued)
+		s.backend = store
+		return s
+	}
+	table, h := newCodeTable(code), newMemoryHub(o)
 	m.watch(gauges{
 		codes:    table.stats,
 		sessions: func() int { return int(h.sessions.Load()) },

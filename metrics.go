@@ -3,6 +3,7 @@ package main
 import (
 	"net/http"
 	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -210,4 +211,58 @@ func (m *metrics) drop(r dropReason, n int) { m.dropped[r].Add(float64(n)) }
 
 func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
+}
+
+// redisMetrics are a server's collectors about its Redis. Where there is none
+// they do not exist.
+type redisMetrics struct {
+	calls      map[string]prometheus.Observer
+	errors     prometheus.Counter
+	subscribed prometheus.Gauge
+	wakes      prometheus.Counter
+	leasesLost prometheus.Counter
+	reseated   prometheus.Counter
+	pruned     prometheus.Counter
+	leaving    prometheus.Gauge
+}
+
+func newRedisMetrics(m *metrics) *redisMetrics {
+	make := promauto.With(m.registry)
+	counter := func(name, help string) prometheus.Counter {
+		return make.NewCounter(prometheus.CounterOpts{Namespace: "parley", Subsystem: "redis", Name: name, Help: help})
+	}
+	r := &redisMetrics{
+		calls:  map[string]prometheus.Observer{},
+		errors: counter("errors_total", "Calls that Redis did not answer in time, or with an error."),
+		subscribed: make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Subsystem: "redis", Name: "subscribed",
+			Help: "1 while notifications from other instances can be heard."}),
+		wakes:      counter("wakes_total", "Notifications from other instances."),
+		leasesLost: counter("leases_lost_total", "Times that this instance was taken for dead, or Redis was away for so long."),
+		reseated:   counter("reseated_total", "Connections that were seated again after that."),
+		leaving: make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Subsystem: "redis", Name: "leaves_pending",
+			Help: "Seats of connections that ended while Redis was away, which does not know of it yet."}),
+		pruned: counter("pruned_seats_total", "Seats of dead instances that this one has dealt with."),
+	}
+	seconds := make.NewHistogramVec(prometheus.HistogramOpts{
+		Namespace: "parley", Subsystem: "redis", Name: "call_seconds", Help: "Time that calls to Redis take, by script.",
+		Buckets: prometheus.ExponentialBuckets(.0001, 2, 15),
+	}, []string{"script"})
+	for _, name := range scriptNames() {
+		r.calls[name] = seconds.WithLabelValues(name)
+	}
+	return r
+}
+
+func (r *redisMetrics) call(script string, took time.Duration, err error) {
+	r.calls[script].Observe(took.Seconds())
+	if err != nil {
+		r.errors.Inc()
+	}
+}
+
+func (r *redisMetrics) setSubscribed(yes bool) {
+	r.subscribed.Set(0)
+	if yes {
+		r.subscribed.Set(1)
+	}
 }

@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
 	"github.com/coder/websocket"
 	"github.com/golang-jwt/jwt/v5"
 	"github.com/google/uuid"
@@ -142,7 +143,41 @@ func optionTests() map[string]func(*testing.T) {
 		})
 	}
 
+	// redisTest expects a code minted by one server to be redeemed by another, once
+	// miniredis says so.
+	redisTest := func(password string, settings func(host, port string) []string) func(*testing.T) {
+		return func(t *testing.T) {
+			m := miniredis.RunT(t)
+			if password != "" {
+				m.RequireAuth(password)
+			}
+			one, _ := newLoopServer(t, settings(m.Host(), m.Port())...)
+			other, _ := newLoopServer(t, settings(m.Host(), m.Port())...)
+			code, appID := one.mint()
+			if a := other.post("/rendezvous/redeem", `{"code":"`+code+`"}`); a.AppID != appID {
+				t.Errorf("%d %s, want %s", a.status, a.text, appID)
+			}
+		}
+	}
+
 	return map[string]func(*testing.T){
+		"REDIS_URL": redisTest("p@ss", func(host, port string) []string {
+			return []string{"REDIS_URL=redis://:p%40ss@" + host + ":" + port + "/3"}
+		}),
+		"REDIS_HOST": func(t *testing.T) {
+			// Whoever asks for the usual port of an address of this machine's own gets an
+			// answer or none, and in either case has asked.
+			ts, _ := newLoopServer(t, "REDIS_HOST=127.9.9.9")
+			if addr := ts.cfg.redisAddress.String(); addr != "127.9.9.9:6379" {
+				t.Error(addr)
+			}
+			status(t, "ready", ts.call(http.MethodGet, "/readyz", ""), http.StatusServiceUnavailable, "backend_unavailable")
+		},
+		"REDIS_PORT": redisTest("", func(host, port string) []string { return []string{"REDIS_HOST=" + host, "REDIS_PORT=" + port} }),
+		"REDIS_PASSWORD": redisTest("secret", func(host, port string) []string {
+			return []string{"REDIS_HOST=" + host, "REDIS_PORT=" + port, "REDIS_PASSWORD=secret"}
+		}),
+
 		"DEV":             both(originTest(http.StatusOK, "DEV=true"), originTest(http.StatusForbidden, "DEV=false")),
 		"ENVIRONMENT":     both(originTest(http.StatusOK, "ENVIRONMENT=development"), originTest(http.StatusForbidden, "ENVIRONMENT=production")),
 		"CORS_ORIGINS":    both(originTest(http.StatusOK, "DEV=false", "CORS_ORIGINS=https://foreign.example"), originTest(http.StatusForbidden, "DEV=false", "CORS_ORIGINS=https://other.example")),
@@ -667,9 +702,9 @@ func TestStartsWithProblems(t *testing.T) {
 // What the server starts with is logged, whoever set it, and no secret is.
 func TestEffectiveConfiguration(t *testing.T) {
 	const secret = "hunter2-hunter2-hunter2-hunter2-hunter2"
-	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8", "TURN_URLS=turn:a.example"}
+	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8", "TURN_URLS=turn:a.example", "REDIS_URL=redis://:" + secret + "@127.0.0.1:1"}
 	for _, o := range configOptions(new(config)) {
-		if o.secret {
+		if o.secret && o.name != "REDIS_URL" && o.name != "REDIS_PASSWORD" { // of which only one may be given
 			env = append(env, o.name+"="+secret)
 		}
 	}
@@ -685,7 +720,7 @@ func TestEffectiveConfiguration(t *testing.T) {
 		if !ok {
 			t.Errorf("%s is not logged", o.name)
 		}
-		if o.secret && got != "***" {
+		if o.secret && got != "***" && o.name != "REDIS_PASSWORD" {
 			t.Errorf("%s is logged as %q", o.name, got)
 		}
 	}

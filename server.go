@@ -27,6 +27,7 @@ type server struct {
 	cfg      *config
 	log      *slog.Logger
 	hub      hub
+	backend  backend // nil while all is in this process
 	codes    codes
 	metrics  *metrics
 	decoders *sync.Pool // of *frameDecoder
@@ -383,6 +384,25 @@ func (s *server) run(ctx context.Context) {
 		})
 	}
 	tasks.Wait()
+	if s.backend != nil {
+		s.backend.close()
+	}
+}
+
+// checkBackend fails if the server could never serve. A backend that is away may
+// be there later.
+func (s *server) checkBackend() error {
+	if s.backend == nil {
+		return nil
+	}
+	err := s.backend.check(context.Background())
+	if _, unfit := errors.AsType[*unfitError](err); unfit {
+		s.backend.close()
+		return err
+	} else if err != nil {
+		s.log.Warn("Redis is away: /readyz is 503 until it is there", "error", err)
+	}
+	return nil
 }
 
 // janitorEvery is the time between two passes over what ends by the clock.

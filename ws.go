@@ -28,6 +28,8 @@ type client struct {
 	side string
 	room *roomSeat // nil in a pair
 
+	remote *remoteSeat // how seat is held where the hub is not in this process, else nil
+
 	session sessionID
 	v1      bool
 
@@ -80,6 +82,9 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, li
 	}
 	c.srv, c.v1, c.network = s, v1, from.network
 	c.connOptions, c.src = &s.connOptions, c
+	if s.backend != nil {
+		c.remote = newRemoteSeat(&c.conn)
+	}
 	if n := s.cfg.wsFramesPerSec; n > 0 {
 		c.frames = rate.NewLimiter(rate.Limit(n), n)
 	}
@@ -95,11 +100,13 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, li
 	if err != nil {
 		return s.refuse(w, r, c, err)
 	}
-	c.seat = seat
+	if c.seat = seat; c.remote != nil {
+		c.remote.seat, c.seat = seat, c.remote
+	}
 	if err := c.accept(w, r, subprotocol(v1)); err != nil {
 		// A newcomer to a room has not learned how to come back.
 		newcomer := c.room != nil && view.resumed == resumedNot
-		seat.Leave(context.WithoutCancel(r.Context()), newcomer)
+		c.seat.Leave(context.WithoutCancel(r.Context()), newcomer)
 		s.release(c)
 		return nil // the library has answered
 	}
@@ -616,6 +623,9 @@ func (c *client) flush() { c.seat.Flush(context.Background()) }
 // notify is the hub's: look, or you are out.
 func (c *client) notify(why error) {
 	if why == nil {
+		if c.remote != nil {
+			c.remote.news.Store(true)
+		}
 		c.openGate()
 		c.wake()
 		return

@@ -1,0 +1,329 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// The background work of an instance that keeps its sessions in Redis: it hears
+// of what concerns its connections, shows that it lives, and does what is due.
+
+// Bounds of the background work.
+const (
+	tickBatch  = 64               // seats and sessions that one tick deals with
+	leaveBatch = 256              // seats left between two ticks
+	lookBatch  = 64               // seats that one look asks for
+	tickLater  = 10 * time.Second // longest time between two ticks
+	retryRedis = 250 * time.Millisecond
+)
+
+func wakeChannel(instance string) string { return "parley:wake:" + instance }
+
+// Run goes on until ctx is done, or Redis turns out to be none that can be used.
+func (h *redisHub) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	hearing := make(chan struct{})
+	go func() {
+		defer close(hearing)
+		h.hear(ctx)
+	}()
+	defer func() {
+		cancel()
+		h.held.cut()
+		<-hearing
+	}()
+	defer h.retire()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var looked time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-h.waken:
+		}
+		wait, err := h.work(ctx, &looked)
+		if _, unfit := errors.AsType[*unfitError](err); unfit {
+			return err
+		}
+		if err != nil {
+			wait = retryRedis
+			if h.leased.Swap(false) && ctx.Err() == nil {
+				h.log.Warn("Redis is away", "error", err)
+			}
+		}
+		timer.Reset(wait)
+	}
+}
+
+// retire lets the lease end, for what this instance could not leave itself.
+func (h *redisHub) retire() {
+	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout/8)
+	defer cancel()
+	h.client.ZAddXX(ctx, leasesKey, redis.Z{Score: 0, Member: h.instance})
+}
+
+const leasesKey = "parley:leases"
+
+// work does a tick, and a look where one is due, and returns when to come back.
+func (h *redisHub) work(ctx context.Context, looked *time.Time) (time.Duration, error) {
+	if err := h.check(ctx); err != nil {
+		return 0, err
+	}
+	next, err := h.tick(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if !h.leased.Swap(true) {
+		h.log.Info("Redis is there")
+		h.lookSoon()
+	}
+	if more, err := h.leaveAgain(ctx); err != nil {
+		return 0, err
+	} else if more {
+		next = 0
+	}
+	if now := time.Now(); h.lookIsDue(now, *looked) {
+		if err := h.lookAtAll(ctx); err != nil {
+			h.lookSoon()
+			return 0, err
+		}
+		*looked = now
+	}
+	return min(next, h.tickEvery()), nil
+}
+
+// tickEvery is the longest time between two ticks: a lease outlives three that
+// fail.
+func (h *redisHub) tickEvery() time.Duration { return min(h.lease/5, tickLater) }
+
+func (h *redisHub) lookSoon() {
+	h.mu.Lock()
+	h.lookNow = true
+	h.mu.Unlock()
+	h.wakeRun()
+}
+
+func (h *redisHub) lookIsDue(now, looked time.Time) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	due := h.lookNow || now.Sub(looked) >= h.look
+	h.lookNow = false
+	return due
+}
+
+func (h *redisHub) wakeRun() {
+	select {
+	case h.waken <- struct{}{}:
+	default:
+	}
+}
+
+// tick renews the lease and does what is due; it returns when something is due
+// next.
+func (h *redisHub) tick(ctx context.Context) (next time.Duration, err error) {
+	had := flag01(h.dataName() != "")
+	res, err := h.run(ctx, h.scripts.tick, nil, h.instance, had, h.instance+time.Now().String(), tickBatch)
+	if err == nil && len(res) < 8 {
+		err = errBackend
+	}
+	if err != nil {
+		return 0, err
+	}
+	if luaInt(res[0]) == 1 {
+		h.losses.Add(1)
+		h.metrics.leasesLost.Inc()
+		h.lookSoon()
+	}
+	h.mu.Lock()
+	h.data = luaText(res[1])
+	h.mu.Unlock()
+	h.metrics.pruned.Add(float64(luaInt(res[3])))
+	h.counts.sessions.Store(luaInt(res[4]))
+	h.counts.rooms.Store(luaInt(res[5]))
+	h.counts.queued.Store(luaInt(res[6]))
+	if next = time.Duration(luaInt(res[2])) * time.Microsecond; next < 0 {
+		next = tickLater
+	}
+	return next, nil
+}
+
+// leaveAgain leaves seats that could not be left when their connections ended,
+// and reports whether there are more.
+func (h *redisHub) leaveAgain(ctx context.Context) (more bool, err error) {
+	h.mu.Lock()
+	leaving := make(map[*redisSeat]bool)
+	for m, forGood := range h.leaving {
+		if more = len(leaving) == leaveBatch; more {
+			break
+		}
+		leaving[m] = forGood
+	}
+	h.metrics.leaving.Set(float64(len(h.leaving)))
+	h.mu.Unlock()
+	for m, forGood := range leaving {
+		if err := h.leave(ctx, m, m.seatName(), forGood); err != nil && !isNamed(err) {
+			return true, err
+		}
+	}
+	return more, nil
+}
+
+// lookAtAll looks at every seat of this instance, and at what counts to its
+// quotas: notifications may have been lost.
+func (h *redisHub) lookAtAll(ctx context.Context) error {
+	h.mu.Lock()
+	seats := make([]*redisSeat, 0, len(h.seats))
+	for _, m := range h.seats {
+		if m.isSeated() {
+			seats = append(seats, m)
+		}
+	}
+	owned := make([]string, 0, len(h.owned))
+	for id := range h.owned {
+		owned = append(owned, id)
+	}
+	h.mu.Unlock()
+	for len(seats) > 0 {
+		n := min(len(seats), lookBatch)
+		if err := h.lookAt(ctx, seats[:n]); err != nil {
+			return err
+		}
+		seats = seats[n:]
+	}
+	for len(owned) > 0 {
+		n := min(len(owned), lookBatch)
+		res, err := h.run(ctx, h.scripts.owned, owned[:n], h.instance)
+		if err != nil {
+			return err
+		}
+		for i, there := range luaList(res[0]) {
+			if luaInt(there) == 0 && i < n {
+				h.disown(owned[i])
+			}
+		}
+		owned = owned[n:]
+	}
+	return nil
+}
+
+func (h *redisHub) lookAt(ctx context.Context, seats []*redisSeat) error {
+	keys, args := make([]string, len(seats)), []any{h.instance}
+	for i, m := range seats {
+		m.mu.Lock()
+		keys[i] = m.key
+		args = append(args, m.holder, m.name, m.claim().bytes())
+		m.mu.Unlock()
+	}
+	res, err := h.run(ctx, h.scripts.look, keys, args...)
+	if err == nil && len(res) < 1 {
+		err = errBackend
+	}
+	if err != nil {
+		return err
+	}
+	for i, answer := range luaList(res[0]) {
+		if i == len(seats) {
+			break
+		}
+		m := seats[i]
+		switch luaText(answer) {
+		case "o":
+			if m.held.Load() {
+				m.notify(nil)
+			}
+		case "n":
+			m.notify(nil)
+		case "r":
+			m.lost(ctx, errReplaced)
+		default:
+			m.lost(ctx, errGone)
+		}
+	}
+	return nil
+}
+
+// lost is called when a look finds that a seat is not held, which it was before.
+func (m *redisSeat) lost(ctx context.Context, why error) {
+	if m.isSeated() { // still, or it has been left meanwhile
+		m.reseat(ctx, why)
+	}
+}
+
+func (m *redisSeat) isSeated() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.seated && !m.left && m.out == nil
+}
+
+// hear receives this instance's notifications until ctx is done.
+func (h *redisHub) hear(ctx context.Context) {
+	for ctx.Err() == nil {
+		channel := h.client.Subscribe(ctx, wakeChannel(h.instance))
+		stop := context.AfterFunc(ctx, func() { channel.Close() })
+		h.receive(ctx, channel)
+		stop()
+		channel.Close()
+		h.setSubscribed(false)
+		select {
+		case <-ctx.Done():
+		case <-time.After(retryRedis):
+		}
+	}
+}
+
+func (h *redisHub) setSubscribed(yes bool) {
+	h.subscribed.Store(yes)
+	h.metrics.setSubscribed(yes)
+}
+
+// receive passes on what is published until the subscription fails. A
+// connection that is silent is asked whether it lives.
+func (h *redisHub) receive(ctx context.Context, channel *redis.PubSub) {
+	asked := false
+	for {
+		message, err := channel.ReceiveTimeout(ctx, redisTimeout/2)
+		if slow, ok := errors.AsType[net.Error](err); ok && slow.Timeout() && !asked {
+			asked = true
+			if channel.Ping(ctx) != nil {
+				return
+			}
+			continue
+		}
+		if err != nil {
+			return
+		}
+		asked = false
+		switch m := message.(type) {
+		case *redis.Subscription:
+			h.setSubscribed(true)
+			h.lookSoon()
+		case *redis.Message:
+			h.metrics.wakes.Inc()
+			h.deliver(m.Payload)
+		}
+	}
+}
+
+var errNotSubscribed = errors.New("redis: nothing can be heard from other instances")
+
+func (h *redisHub) Ready(ctx context.Context) error {
+	if err := h.check(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, redisReady)
+	defer cancel()
+	if err := h.client.Ping(ctx).Err(); err != nil {
+		return fmt.Errorf("redis: %w", err)
+	}
+	if !h.subscribed.Load() {
+		return errNotSubscribed
+	}
+	return nil
+}
