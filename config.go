@@ -203,7 +203,7 @@ func configOptions(c *config) []option {
 			help: "Redis that any number of instances share: redis://[user:password@]host[:port][/db], rediss:// for TLS, or redis+sentinel://[user:password@]host[:port],host[:port]/name; unset, everything is in memory"},
 		{name: "REDIS_HOST", optionValue: checkedOption(&c.redisHost, checkRedisHost),
 			help: "host of Redis, instead of REDIS_URL"},
-		{name: "REDIS_PORT", def: "6379", optionValue: intOption(&c.redisPort, 1, 65535),
+		{name: "REDIS_PORT", def: "6379", optionValue: redisPortOption(&c.redisPort),
 			help: "port of Redis beside REDIS_HOST"},
 		{name: "REDIS_PASSWORD", secret: true, optionValue: stringOption(&c.redisPassword),
 			help: "password of Redis beside REDIS_HOST"},
@@ -596,6 +596,23 @@ func redisOption(field *string, address *redisAddress) optionValue {
 		*address, err = parseRedisURL(text)
 		return err
 	})
+}
+
+// redisPortOption takes a port, and what Kubernetes sets unasked where a service
+// is called redis: tcp://address:port.
+func redisPortOption(field *int) optionValue {
+	port := intOption(field, 1, 65535)
+	return optionValue{
+		set: func(text string) error {
+			if addr, ok := strings.CutPrefix(text, "tcp://"); ok {
+				if _, p, err := net.SplitHostPort(addr); err == nil {
+					text = p
+				}
+			}
+			return port.set(text)
+		},
+		text: port.text,
+	}
 }
 
 func boolOption(field *bool) optionValue {

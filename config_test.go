@@ -177,7 +177,7 @@ func optionCases(t testing.TB) []optionCase {
 		{name: "REDIS_HOST", get: func(c *config) any { return c.redisHost }, dev: "", prod: "",
 			text: "redis.internal", want: "redis.internal", bad: []string{"a:6379", "redis://a", "a b", "256.1.1.1"}},
 		{name: "REDIS_PORT", get: func(c *config) any { return c.redisPort }, dev: 6379, prod: 6379,
-			text: "6380", want: 6380, with: "REDIS_HOST=a", bad: []string{"0", "65536", "redis", "-1"}},
+			text: "tcp://10.1.2.3:6380", want: 6380, with: "REDIS_HOST=a", bad: []string{"0", "65536", "redis", "-1", "tcp://a", "tcp://a:0"}},
 		{name: "REDIS_PASSWORD", get: func(c *config) any { return c.redisPassword }, dev: "", prod: "",
 			text: "not for keeping", want: "not for keeping", with: "REDIS_HOST=a"},
 		{name: "HTTP_RATE_PER_MIN", get: func(c *config) any { return c.httpRatePerMin }, dev: 0, prod: 0,
