@@ -114,8 +114,15 @@ func redisCodesEnv(t *testing.T) codesEnv {
 }
 
 func TestCodesOfMemory(t *testing.T)    { testAllCodes(t, memoryCodesEnv()) }
-func TestCodesOfMiniredis(t *testing.T) { testAllCodes(t, miniCodesEnv()) }
-func TestCodesOfRedis(t *testing.T)     { testAllCodes(t, redisCodesEnv(t)) }
+func TestCodesOfMiniredis(t *testing.T) {
+	t.Parallel()
+	testAllCodes(t, miniCodesEnv())
+}
+
+func TestCodesOfRedis(t *testing.T) {
+	t.Parallel()
+	testAllCodes(t, redisCodesEnv(t))
+}
 
 // testAllCodes is the contract that all codes keep.
 func testAllCodes(t *testing.T, env codesEnv) {

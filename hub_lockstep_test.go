@@ -28,7 +28,10 @@ type lockStep struct {
 
 // TestHubsInLockstep: whatever is done to the hub in memory and to one in Redis,
 // they answer the same, and their connections see the same.
-func TestHubsInLockstep(t *testing.T) { testHubsInLockstep(t, 8) }
+func TestHubsInLockstep(t *testing.T) {
+	t.Parallel()
+	testHubsInLockstep(t, 8)
+}
 
 // testHubsInLockstep plays so many scripts in a pair, and as many in a room.
 func testHubsInLockstep(t *testing.T, n int) {

@@ -71,7 +71,10 @@ func miniEnv() hubEnv {
 	return env
 }
 
-func TestMiniredisHub(t *testing.T) { testHub(t, miniEnv()) }
+func TestMiniredisHub(t *testing.T) {
+	t.Parallel()
+	testHub(t, miniEnv())
+}
 
 // redisWaiting returns the bytes that Redis says wait in mailboxes.
 func redisWaiting(h hub) int64 {
@@ -391,4 +394,7 @@ func (h *redisHub) barrier(t testing.TB) {
 	}
 }
 
-func TestRedisHub(t *testing.T) { testHub(t, redisEnv(t)) }
+func TestRedisHub(t *testing.T) {
+	t.Parallel()
+	testHub(t, redisEnv(t))
+}
