@@ -113,7 +113,7 @@ func redisCodesEnv(t *testing.T) codesEnv {
 	return env
 }
 
-func TestCodesOfMemory(t *testing.T)    { testAllCodes(t, memoryCodesEnv()) }
+func TestCodesOfMemory(t *testing.T) { testAllCodes(t, memoryCodesEnv()) }
 func TestCodesOfMiniredis(t *testing.T) {
 	t.Parallel()
 	testAllCodes(t, miniCodesEnv())

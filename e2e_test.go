@@ -64,7 +64,7 @@ func runNode(t *testing.T, file string, env ...string) {
 	if _, err := os.Stat(filepath.Join("e2e", "node_modules", ".installed")); err != nil {
 		t.Fatal("the packages of e2e/package-lock.json are not installed: `make test` installs them")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	run := exec.CommandContext(ctx, node, "--test", file)
 	run.Dir = "e2e"

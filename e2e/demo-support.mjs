@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 
-import { until } from "./support.mjs";
+import { PATIENCE, until } from "./support.mjs";
 
 export const MiB = 1 << 20;
 
@@ -14,6 +14,7 @@ export const MiB = 1 << 20;
 export async function openDevice(t, browser, url, { init = () => {}, ...options } = {}) {
   const context = await browser.newContext({ acceptDownloads: true, ...options });
   t.after(() => context.close());
+  context.setDefaultTimeout(PATIENCE);
   await context.addInitScript(init);
   const page = await context.newPage();
   page.errors = [];
@@ -93,7 +94,7 @@ export const card = (page, direction, name, state = "") =>
 /** Saves what was received, and resolves with its SHA-256. */
 export async function save(page, name) {
   const link = card(page, "in", name, "done").locator("a[download]");
-  const [download] = await Promise.all([page.waitForEvent("download"), link.click({ timeout: 60_000 })]);
+  const [download] = await Promise.all([page.waitForEvent("download"), link.click()]);
   assert.equal(download.suggestedFilename(), name);
   const hash = createHash("sha256");
   for await (const chunk of createReadStream(await download.path())) hash.update(chunk);

@@ -35,6 +35,10 @@ export async function startParley(t, env = {}, port = 0) {
   return { url, port: Number(new URL(url).port), stop };
 }
 
+// PATIENCE is how long to wait for what must happen, in ms: long enough for a
+// machine that has much else to do.
+export const PATIENCE = 60_000;
+
 /** A browser for all tests of a file. */
 export async function startBrowser(test) {
   const { chromium } = await import("playwright-core");
@@ -91,7 +95,7 @@ export async function startNetwork(t, target) {
 }
 
 /** Resolves with the detail of the next event of a type that suits; fails after ms. */
-export function next(target, type, suits = () => true, ms = 20_000) {
+export function next(target, type, suits = () => true, ms = PATIENCE) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(new Error(`no ${type} within ${ms} ms`)), ms);
     target.addEventListener(type, function listen({ detail }) {
@@ -104,7 +108,7 @@ export function next(target, type, suits = () => true, ms = 20_000) {
 }
 
 /** Waits until condition holds; fails after ms. */
-export async function until(what, condition, ms = 20_000) {
+export async function until(what, condition, ms = PATIENCE) {
   for (const end = Date.now() + ms; !(await condition()); await new Promise((resolve) => setTimeout(resolve, 20))) {
     if (Date.now() > end) throw new Error(`not within ${ms} ms: ${what}`);
   }
