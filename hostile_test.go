@@ -703,6 +703,7 @@ func TestReaderThatNeverReads(t *testing.T) {
 				}
 				other.Close()
 				<-blasted
+				synctest.Wait() // a seat is free before its connection is counted
 				if n := v.scrape(t, `parley_ws_closes_total{code="`+tc.code.String()+`"}`); n != 1 {
 					t.Errorf("%v connections were closed with %d", n, tc.code)
 				}
