@@ -121,6 +121,7 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 			time.Sleep(map[string]time.Duration{"wait": time.Second, "wait long": time.Minute}[s.op] * time.Duration(1+s.n))
 		}
 		synctest.Wait()
+		sides[0].hub.(*memoryHub).sweep(time.Now()) // Redis is asked as soon as something is due
 		for j, side := range sides {
 			seen[j] += side.news()
 		}

@@ -366,12 +366,13 @@ func seatIndex(name string) int {
 	return -1
 }
 
-// firstSeq is what the seqs of the session's mailboxes follow: the milliseconds
-// from 2025 to its creation, so that a watermark of an earlier life trims
-// nothing. A clock that is before 2025 knows no better.
-func (s *memorySession) firstSeq() uint64 {
-	return uint64(max(s.created.Sub(seqEpoch()).Milliseconds(), 0))
-}
+// firstSeq is what the seqs of the session's mailboxes follow, so that a watermark
+// of an earlier life trims nothing.
+func (s *memorySession) firstSeq() uint64 { return seqAt(s.created) }
+
+// seqAt is the least seq that mail gets at a time: the milliseconds since 2025. A
+// clock that is before that knows no better.
+func seqAt(t time.Time) uint64 { return uint64(max(t.Sub(seqEpoch()).Milliseconds(), 0)) }
 
 func seqEpoch() time.Time { return time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC) }
 
@@ -714,7 +715,7 @@ func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 		return 0, errOverCapacity
 	}
 	f.keep()
-	slot.lastSeq++
+	slot.lastSeq = max(slot.lastSeq+1, seqAt(time.Now()))
 	f.seq = slot.lastSeq
 	slot.mail = append(slot.mail, f)
 	slot.mailBytes += f.size()

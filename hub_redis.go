@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
 )
 
 // redisHub is a hub in Redis, one of any number of instances. Every method is
@@ -38,10 +40,12 @@ type redisHub struct {
 	mu sync.Mutex
 	// guarded by mu
 	seats   map[uint64]*redisSeat
-	leaving map[*redisSeat]bool // that could not be left yet; true if for good
-	owned   map[string]network  // sessions that count to a quota here
-	lookNow bool                // at all seats, for notifications may have been lost
-	data    string              // names what is in Redis: another name, and that was lost
+	leaving map[uint64]leaving // seats that could not be left yet, by number
+	owned   map[string]network // sessions that count to a quota here
+	lookNow bool               // at all seats, for notifications may have been lost
+	looks   int                // at all seats, so far
+	ticked  time.Time          // when the last tick that was answered began
+	data    string             // names what is in Redis: another name, and that was lost
 }
 
 // hubCounts are what the last tick found in Redis, in all instances' sessions.
@@ -106,7 +110,7 @@ func newRedisHub(o hubOptions, r *redisStore, heartbeat time.Duration, clock str
 		look:     max(heartbeat, 100*time.Millisecond),
 		waken:    make(chan struct{}, 1),
 		seats:    make(map[uint64]*redisSeat),
-		leaving:  make(map[*redisSeat]bool),
+		leaving:  make(map[uint64]leaving),
 		owned:    make(map[string]network),
 	}
 }
@@ -137,6 +141,7 @@ type redisSeat struct {
 	losses int64  // of leases, when it was seated
 	data   string // in which Redis data
 	seated bool
+	joins  int // times that it was seated again
 	left   bool
 	out    error // what its methods answer, once it is out
 	told   bool  // and the connection knows
@@ -405,9 +410,9 @@ func (h *redisHub) Join(ctx context.Context, id sessionID, r joinRequest, notify
 	}
 	h.mu.Lock()
 	delete(h.seats, m.number)
-	if !isNamed(err) { // perhaps the seat is taken
-		newcomer := !r.room || r.resume == claim{}
-		h.leaving[m] = newcomer
+	if !isNamed(err) && mayHaveRun(err) { // then the seat may be taken
+		newcomer := r.room && r.resume == claim{}
+		h.retryLeaveLocked(m, newcomer)
 	}
 	h.mu.Unlock()
 	return nil, view{}, err
@@ -529,7 +534,7 @@ func (h *redisHub) dataName() string {
 // instance's lease, and nobody in it, it is taken again first.
 func (m *redisSeat) run(ctx context.Context, s *redisScript, args ...any) ([]any, error) {
 	m.mu.Lock()
-	name, out, left := m.name, m.out, m.left
+	name, out, left, joins := m.name, m.out, m.left, m.joins
 	m.mu.Unlock()
 	if out != nil {
 		return nil, out
@@ -537,18 +542,19 @@ func (m *redisSeat) run(ctx context.Context, s *redisScript, args ...any) ([]any
 	args = append([]any{m.hub.instance, m.holder, name}, args...)
 	res, err := m.hub.run(ctx, s, []string{m.key}, args...)
 	if !left && (errors.Is(err, errGone) || errors.Is(err, errReplaced)) {
-		if err = m.reseat(ctx, err); err == nil {
+		if err = m.reseat(ctx, err, joins); err == nil {
 			res, err = m.hub.run(ctx, s, []string{m.key}, args...)
 		}
 	}
 	return res, err
 }
 
-// reseat is called when a script says that the seat is not held any more.
-func (m *redisSeat) reseat(ctx context.Context, why error) error {
+// reseat is called when a script says that the seat is not held any more, which
+// was asked when it had been seated again so many times.
+func (m *redisSeat) reseat(ctx context.Context, why error, joins int) error {
 	h := m.hub
 	m.mu.Lock()
-	known := m.losses != h.losses.Load()
+	known := m.losses != h.losses.Load() || m.joins != joins
 	m.mu.Unlock()
 	if !known {
 		if _, err := h.tick(ctx); err != nil { // which learns whether the lease was lost
@@ -559,14 +565,19 @@ func (m *redisSeat) reseat(ctx context.Context, why error) error {
 	defer m.joining.Unlock()
 	losses := h.losses.Load()
 	m.mu.Lock()
-	lost := m.losses != losses && m.out == nil && !m.left
+	mine := m.out == nil && !m.left
+	already, lost := mine && m.joins != joins, mine && m.losses != losses
 	m.mu.Unlock()
+	if already { // by another call
+		return nil
+	}
 	if lost {
 		_, err := h.join(ctx, m, true)
 		switch {
 		case err == nil:
 			m.mu.Lock()
 			m.losses, m.data = losses, h.dataName()
+			m.joins++
 			left := m.left
 			m.mu.Unlock()
 			if left { // meanwhile
@@ -761,18 +772,46 @@ func (m *redisSeat) mayBeSeatedYet() bool {
 	return first
 }
 
+// retryLeave has a seat left as soon as Redis is there.
 func (h *redisHub) retryLeave(m *redisSeat, forGood bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.seats, m.number)
-	h.leaving[m] = forGood
+	h.retryLeaveLocked(m, forGood)
+}
+
+// leaveMost bounds the seats that wait to be left. Those beyond are strays.
+const leaveMost = 1 << 16
+
+// A leaving is a seat that could not be left yet.
+type leaving struct {
+	seat    *redisSeat
+	forGood bool
+}
+
+// retryLeaveLocked keeps of a seat what leaving it needs, and not its
+// connection. The caller holds h.mu.
+func (h *redisHub) retryLeaveLocked(m *redisSeat, forGood bool) {
+	if len(h.leaving) >= leaveMost {
+		return
+	}
+	m.mu.Lock()
+	rest := &redisSeat{hub: h, id: m.id, key: m.key, number: m.number, holder: m.holder, name: m.name, seated: m.seated, left: true}
+	m.mu.Unlock()
+	h.leaving[rest.number] = leaving{rest, forGood}
+}
+
+// mayHaveRun reports whether a script that came to err may have reached Redis.
+func mayHaveRun(err error) bool {
+	dial, ok := errors.AsType[*net.OpError](err)
+	return !(ok && dial.Op == "dial") && !errors.Is(err, redis.ErrPoolTimeout) && !errors.Is(err, redis.ErrPoolExhausted) && !errors.Is(err, redis.ErrClosed)
 }
 
 func (h *redisHub) forget(m *redisSeat) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.seats, m.number)
-	delete(h.leaving, m)
+	delete(h.leaving, m.number)
 }
 
 // --- Frames in Redis, as lua/session.lua has them.

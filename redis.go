@@ -96,10 +96,10 @@ func parseSentinels(text string) (*redis.FailoverOptions, error) {
 		if !hasPassword {
 			user, password = "", user
 		}
-		if o.Username, err = url.QueryUnescape(user); err != nil {
+		if o.Username, err = url.PathUnescape(user); err != nil {
 			return nil, refused
 		}
-		if o.Password, err = url.QueryUnescape(password); err != nil {
+		if o.Password, err = url.PathUnescape(password); err != nil {
 			return nil, refused
 		}
 		text = text[at+1:]

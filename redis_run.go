@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -90,7 +92,11 @@ func (h *redisHub) work(ctx context.Context, looked *time.Time) (time.Duration, 
 		next = 0
 	}
 	if now := time.Now(); h.lookIsDue(now, *looked) {
-		if err := h.lookAtAll(ctx); err != nil {
+		err := h.lookAtAll(ctx)
+		if err == nil && h.straysDue() {
+			err = h.leaveStrays(ctx)
+		}
+		if err != nil {
 			h.lookSoon()
 			return 0, err
 		}
@@ -118,6 +124,16 @@ func (h *redisHub) lookIsDue(now, looked time.Time) bool {
 	return due
 }
 
+// straysEvery is the number of looks after which strays are looked for.
+const straysEvery = 10
+
+func (h *redisHub) straysDue() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.looks++
+	return h.looks%straysEvery == 0
+}
+
 func (h *redisHub) wakeRun() {
 	select {
 	case h.waken <- struct{}{}:
@@ -129,6 +145,11 @@ func (h *redisHub) wakeRun() {
 // next.
 func (h *redisHub) tick(ctx context.Context) (next time.Duration, err error) {
 	had := flag01(h.dataName() != "")
+	begun := time.Now()
+	h.mu.Lock()
+	// A tick that had no answer may have found the lease lost, and renewed it.
+	late := !h.ticked.IsZero() && begun.Sub(h.ticked) >= h.lease
+	h.mu.Unlock()
 	res, err := h.run(ctx, h.scripts.tick, nil, h.instance, had, h.instance+time.Now().String(), tickBatch)
 	if err == nil && len(res) < 8 {
 		err = errBackend
@@ -136,13 +157,13 @@ func (h *redisHub) tick(ctx context.Context) (next time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if luaInt(res[0]) == 1 {
+	if late || luaInt(res[0]) == 1 {
 		h.losses.Add(1)
 		h.metrics.leasesLost.Inc()
 		h.lookSoon()
 	}
 	h.mu.Lock()
-	h.data = luaText(res[1])
+	h.data, h.ticked = luaText(res[1]), begun
 	h.mu.Unlock()
 	h.metrics.pruned.Add(float64(luaInt(res[3])))
 	h.counts.sessions.Store(luaInt(res[4]))
@@ -158,17 +179,17 @@ func (h *redisHub) tick(ctx context.Context) (next time.Duration, err error) {
 // and reports whether there are more.
 func (h *redisHub) leaveAgain(ctx context.Context) (more bool, err error) {
 	h.mu.Lock()
-	leaving := make(map[*redisSeat]bool)
-	for m, forGood := range h.leaving {
-		if more = len(leaving) == leaveBatch; more {
+	var some []leaving
+	for _, l := range h.leaving {
+		if more = len(some) == leaveBatch; more {
 			break
 		}
-		leaving[m] = forGood
+		some = append(some, l)
 	}
 	h.metrics.leaving.Set(float64(len(h.leaving)))
 	h.mu.Unlock()
-	for m, forGood := range leaving {
-		if err := h.leave(ctx, m, m.seatName(), forGood); err != nil && !isNamed(err) {
+	for _, l := range some {
+		if err := h.leave(ctx, l.seat, l.seat.seatName(), l.forGood); err != nil && !isNamed(err) {
 			return true, err
 		}
 	}
@@ -195,6 +216,9 @@ func (h *redisHub) lookAtAll(ctx context.Context) error {
 		if err := h.lookAt(ctx, seats[:n]); err != nil {
 			return err
 		}
+		if err := h.tickInTime(ctx); err != nil {
+			return err
+		}
 		seats = seats[n:]
 	}
 	for len(owned) > 0 {
@@ -214,10 +238,10 @@ func (h *redisHub) lookAtAll(ctx context.Context) error {
 }
 
 func (h *redisHub) lookAt(ctx context.Context, seats []*redisSeat) error {
-	keys, args := make([]string, len(seats)), []any{h.instance}
+	keys, args, joins := make([]string, len(seats)), []any{h.instance}, make([]int, len(seats))
 	for i, m := range seats {
 		m.mu.Lock()
-		keys[i] = m.key
+		keys[i], joins[i] = m.key, m.joins
 		args = append(args, m.holder, m.name, m.claim().bytes())
 		m.mu.Unlock()
 	}
@@ -241,18 +265,74 @@ func (h *redisHub) lookAt(ctx context.Context, seats []*redisSeat) error {
 		case "n":
 			m.notify(nil)
 		case "r":
-			m.lost(ctx, errReplaced)
+			err = m.lost(ctx, errReplaced, joins[i])
 		default:
-			m.lost(ctx, errGone)
+			err = m.lost(ctx, errGone, joins[i])
+		}
+		if err != nil && !isNamed(err) {
+			return err
 		}
 	}
 	return nil
 }
 
 // lost is called when a look finds that a seat is not held, which it was before.
-func (m *redisSeat) lost(ctx context.Context, why error) {
-	if m.isSeated() { // still, or it has been left meanwhile
-		m.reseat(ctx, why)
+func (m *redisSeat) lost(ctx context.Context, why error, joins int) error {
+	if !m.isSeated() { // it has been left meanwhile
+		return nil
+	}
+	return m.reseat(ctx, why, joins)
+}
+
+// tickInTime does a tick if one is due, in work that may outlast a lease.
+func (h *redisHub) tickInTime(ctx context.Context) error {
+	h.mu.Lock()
+	due := time.Since(h.ticked) >= h.tickEvery()
+	h.mu.Unlock()
+	if !due {
+		return nil
+	}
+	_, err := h.tick(ctx)
+	return err
+}
+
+// leaveStrays leaves seats that Redis says are held here, and are not: it may
+// have lost that they were left, in a crash, or have run a join very late.
+func (h *redisHub) leaveStrays(ctx context.Context) error {
+	var cursor uint64
+	for {
+		ctx, cancel := context.WithTimeout(ctx, redisTimeout)
+		defer cancel()
+		held, next, err := h.client.SScan(ctx, "parley:seats:"+h.instance, cursor, "", lookBatch).Result()
+		if err != nil {
+			return err
+		}
+		for _, entry := range held {
+			id, name, _ := strings.Cut(entry, " ")
+			holder, err := h.client.HGet(ctx, "parley:{"+id+"}", name+":h").Result()
+			if err != nil && !errors.Is(err, redis.Nil) {
+				return err
+			}
+			if number, ok := strings.CutPrefix(holder, h.instance+":"); ok {
+				h.leaveStray(id, name, holder, number)
+			}
+		}
+		if cursor = next; cursor == 0 {
+			return nil
+		}
+		if err := h.tickInTime(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// leaveStray has a seat left unless it belongs to a connection.
+func (h *redisHub) leaveStray(id, name, holder, number string) {
+	n, _ := strconv.ParseUint(number, 10, 64)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.seats[n] == nil {
+		h.retryLeaveLocked(&redisSeat{hub: h, key: id, number: n, holder: holder, name: name, seated: true}, false)
 	}
 }
 
@@ -311,7 +391,10 @@ func (h *redisHub) receive(ctx context.Context, channel *redis.PubSub) {
 	}
 }
 
-var errNotSubscribed = errors.New("redis: nothing can be heard from other instances")
+var (
+	errNotSubscribed = errors.New("redis: nothing can be heard from other instances")
+	errNoLease       = errors.New("redis: it answers, but does not take what is written")
+)
 
 func (h *redisHub) Ready(ctx context.Context) error {
 	if err := h.check(ctx); err != nil {
@@ -324,6 +407,9 @@ func (h *redisHub) Ready(ctx context.Context) error {
 	}
 	if !h.subscribed.Load() {
 		return errNotSubscribed
+	}
+	if !h.leased.Load() {
+		return errNoLease
 	}
 	return nil
 }

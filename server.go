@@ -295,7 +295,7 @@ func toAPIError(err error) *apiError {
 		return &apiError{status: http.StatusGone, code: "gone", text: "the code is unknown, has been used, or has expired"}
 	}
 	return &apiError{status: http.StatusServiceUnavailable, code: "backend_unavailable",
-		text: "the server cannot do this at the moment", closeCode: closeInternal}
+		text: "the server cannot do this at the moment", closeCode: closeCapacity}
 }
 
 func (s *server) writeError(w http.ResponseWriter, err error) {

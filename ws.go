@@ -462,14 +462,14 @@ func (c *client) complain(m message, err error) {
 	if c.errors == nil {
 		c.errors = rate.NewLimiter(errorRate, errorBurst)
 	}
+	e := toFrameError(err)
 	if !c.errors.Allow() {
-		if err == errNotEveryone { // for which the sender is not to blame
-			return
+		if err != errNotEveryone && e.code != "backend_unavailable" { // for which the sender is not to blame
+			c.close(closeTooMany, "too many errors")
 		}
-		c.close(closeTooMany, "too many errors")
 		return
 	}
-	c.answer(typeError, appendError(nil, m, toFrameError(err)))
+	c.answer(typeError, appendError(nil, m, e))
 }
 
 // toFrameError returns what an error frame says of err.

@@ -43,6 +43,7 @@ local resumed, newcomer = 0, false
 local function comeBack()
   resumed = 1
   local h = holder(s, name)
+  if h == holding then return end
   if h then
     if again then return 'replaced' end
     if not mayTakeOver() then return 'takeovers' end
@@ -53,8 +54,12 @@ local function comeBack()
   dropPresence(s, name)
 end
 
+-- A join that had no answer may have seated it already.
+local there = kind == 'p' and holder(s, name) == holding
 local refused
-if kind == 'p' then
+if there then
+  resumed = 1
+elseif kind == 'p' then
   if not occupied(s, name) then
     for _, field in ipairs({':i', ':j', ':r', ':g', ':t'}) do set(s, name .. field, nil) end
     set(s, name .. ':c', claim ~= '' and claim)
@@ -70,6 +75,7 @@ else
   end
   if mine then
     name = mine
+    there = holder(s, name) == holding
     refused = comeBack()
   elseif again then
     refused = 'gone'
@@ -108,7 +114,7 @@ if kind == 'p' then
   if overfull(s, o, holding) then held = 1 end
   if holder(s, o) then peer = 1 elseif reserved(s, o) then peer = 2 end
   if peer > 0 then peerV = num(s, o .. ':v') end
-  announce(s, name, event(s, JOINED, resumed > 0 and 1 or 0, v))
+  if not there then announce(s, name, event(s, JOINED, resumed > 0 and 1 or 0, v)) end
 elseif newcomer then
   announce(s, name, event(s, JOINED, 0, 0, member(s, name)))
 end

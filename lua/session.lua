@@ -396,7 +396,7 @@ local function reserve(s, name)
   local at = now() + RESUME_TTL
   set(s, name .. ':a', at)
   call('ZADD', AWAY, str(at), index(s, name))
-  prolong(AWAY, RESUME_TTL)
+  prolong(AWAY, math.max(KEEP, num(s, 'X') - now()))
   if not isRoom(s) then announce(s, name, event(s, LEFT_AWAY, 0, 0)) end
 end
 

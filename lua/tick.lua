@@ -7,8 +7,9 @@ local batch = tonumber(ARGV[4])
 
 local leased = tonumber(call('ZSCORE', LEASES, ME) or 0)
 local lost = ARGV[2] == '1' and leased <= now()
-if lost then
-  -- Perhaps Redis was away, and all instances are as late as this one.
+local leases, living = call('ZCOUNT', LEASES, '(0', '+inf'), call('ZCOUNT', LEASES, '(' .. str(now()), '+inf')
+if lost or leases > 0 and living == 0 then
+  -- Perhaps Redis was away, and all instances are late.
   call('SET', GRACE, str(now() + LEASE), 'PX', math.ceil(LEASE / 1000))
 end
 call('ZADD', LEASES, str(now() + LEASE), ME)
@@ -62,6 +63,13 @@ end
 for _, id in ipairs(due(SESSIONS)) do
   local s = load(id)
   if s then
+    -- Reservations end by AWAY, unless that was lost.
+    for _, name in ipairs(names(s)) do
+      if reserved(s, name) and num(s, name .. ':a') <= now() then
+        set(s, 'L', now())
+        free(s, name)
+      end
+    end
     settle(s)
   else -- its keys have expired, and all that waited in it
     local n = tonumber(call('HGET', QUEUED, id) or 0)

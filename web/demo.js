@@ -219,7 +219,7 @@ function askFirst({ size }) {
 
 // recheck makes sure that a renegotiation did not bring in someone else.
 function recheck() {
-  if (!proven || pc.signalingState !== "stable") return;
+  if (!proven) return;
   try {
     if (JSON.stringify(fingerprints(pc, seat.side)) === proven) return;
   } catch {
@@ -774,7 +774,11 @@ function joinByLink(hash) {
   join(code, key ?? null);
 }
 
-if (!fromAddress()) {
+if (!globalThis.RTCPeerConnection) {
+  show("start");
+  $("mint").disabled = $("join").disabled = true;
+  tell("This browser has no WebRTC, or it is switched off: devices cannot be connected.");
+} else if (!fromAddress()) {
   const before = kept();
   if (before?.paired || (before?.code && before.expiresAt > Date.now())) enter(before);
   else show("start");

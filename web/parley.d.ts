@@ -137,7 +137,8 @@ export class Session extends EventTarget {
    *
    * While there is no connection it waits for one; after a reconnect it is
    * sent again if it had no receipt, and arrives once all the same. While the
-   * other's mailbox is full it is tried again each second. Mail stays in order.
+   * other's mailbox is full it is tried again each second. Mail stays in order, but
+   * that what a full mailbox refuses comes behind what was already on its way.
    *
    * Rejects with a ParleyError: `too_large`, `closed` when the session ended
    * first, `mailbox_full` when 10,000 wait here.

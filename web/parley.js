@@ -279,6 +279,7 @@ const EARLY = 100; // candidates kept until there is a description
 // connection is of no use any more, and is replaced.
 class Negotiator {
   #polite;
+  #lossy;
   #signal;
   #ready;
   #config;
@@ -286,6 +287,9 @@ class Negotiator {
   #pc = null;
   #id = null;
   #remote = null; // ID of the other's RTCPeerConnection
+  #certificates = null; // fingerprints of the other's, as its first description had them
+  #offers = 0; // made; an answer names the one that it is to
+  #over = null; // the error with which the server's part has ended
   #ignoring = false; // the offer that the candidates belong to was ignored
   #early = []; // candidates that came before a description
   #queue = Promise.resolve(); // offers are made, and signals handled, one after the other
@@ -293,11 +297,13 @@ class Negotiator {
   #restart = 0;
   #closed = false;
 
-  // polite returns whether this side gives way. signal sends one. ready resolves
+  // polite returns whether this side gives way. signal sends one; where that is
+  // lossy, some may never arrive. ready resolves
   // when there is somebody to negotiate with. config returns an RTCConfiguration.
   // on has peerconnection(pc), route(route) and failed().
-  constructor({ polite, signal, ready, config, on }) {
+  constructor({ polite, lossy = false, signal, ready, config, on }) {
     this.#polite = polite;
+    this.#lossy = lossy;
     this.#signal = signal;
     this.#ready = ready;
     this.#config = config;
@@ -306,6 +312,7 @@ class Negotiator {
 
   get pc() {
     if (this.#closed) throw closedError("The connection to the other device was closed.");
+    if (this.#pc?.signalingState === "closed") this.#drop(); // by the app
     if (!this.#pc) this.#create();
     return this.#pc;
   }
@@ -313,6 +320,7 @@ class Negotiator {
   channel(label, { ordered = true, maxRetransmits } = {}) {
     const pc = this.pc;
     if (this.#channels.has(label)) return this.#channels.get(label).opened;
+    if (this.#over && !isConnected(pc)) throw this.#over;
     const id = channelID(label);
     for (const other of this.#channels.keys()) {
       if (channelID(other) === id) throw new ParleyError("protocol", `The labels ${label} and ${other} cannot be used together.`);
@@ -335,7 +343,19 @@ class Negotiator {
 
   // refresh takes new ICE servers into use.
   refresh() {
-    this.#pc?.setConfiguration(this.#config());
+    try {
+      this.#pc?.setConfiguration(this.#config());
+    } catch {
+      // closed by the app, or the browser cannot: it has those of the beginning
+    }
+  }
+
+  // finish is called when there is no server any more to negotiate through: what
+  // is open lives on, and nothing else will be.
+  finish(error) {
+    this.#over = error;
+    if (!this.#pc || isConnected(this.#pc)) return;
+    for (const { cancel } of this.#channels.values()) cancel(error);
   }
 
   // resumed is called when one of the two was away from the server. repeat says
@@ -364,6 +384,7 @@ class Negotiator {
     const pc = new RTCPeerConnection(this.#config());
     this.#pc = pc;
     this.#id = randomText(8);
+    this.#certificates = null;
     this.#ignoring = false;
     this.#early = [];
     const current = () => pc === this.#pc;
@@ -378,7 +399,9 @@ class Negotiator {
         // Where an offer is under way, what it leaves open is asked for anew.
         if (!current() || pc.signalingState !== "stable") return;
         await pc.setLocalDescription();
-        if (current()) this.#describe();
+        if (!current()) return;
+        this.#offers++;
+        this.#describe();
       });
     });
     // In turn, a candidate goes behind the description that it belongs to.
@@ -387,33 +410,50 @@ class Negotiator {
     this.#on.peerconnection(pc);
   }
 
-  #describe() {
+  #describe(offer = this.#offers) {
     const { type, sdp } = this.#pc.localDescription;
-    this.#send({ description: { type, sdp } });
+    this.#send({ description: { type, sdp }, offer });
   }
 
   #send(signal) {
     this.#signal({ ...signal, from: this.#id, to: this.#remote });
   }
 
-  async #receive({ description, candidate, from = null, to = null }) {
+  async #receive({ description, candidate, offer, from = null, to = null }) {
     if (from !== this.#remote && this.#remote !== null && this.#pc?.remoteDescription) this.#drop();
     else if (from === this.#remote && to !== null && to !== this.#id) return; // for one that was replaced
     this.#remote = from;
     const pc = this.pc;
     if (to !== null && to !== this.#id && description?.type !== "offer") return;
-    if (description) await this.#describeRemote(pc, description);
+    if (description) await this.#describeRemote(pc, description, offer);
     else if (candidate && pc.remoteDescription) await this.#addCandidate(pc, candidate);
     else if (candidate && !this.#ignoring && this.#early.length < EARLY) this.#early.push(candidate);
   }
 
-  async #describeRemote(pc, description) {
-    if (description.type === "answer" && pc.signalingState !== "have-local-offer") return; // to an offer that was taken back, or repeated
+  async #describeRemote(pc, description, offer) {
+    if (description.type === "answer") {
+      // To an offer that was taken back, or repeated.
+      if (pc.signalingState !== "have-local-offer" || (offer !== undefined && offer !== this.#offers)) return;
+    } else if (description.type !== "offer") {
+      return;
+    }
+    // A connection has one certificate for ever. Some browsers go on with the
+    // first one whatever a later description says, so that who looks at those is
+    // deceived: another certificate is another connection.
+    const certificates = certificatesOf(description.sdp);
+    if (this.#certificates !== null && certificates !== this.#certificates) {
+      if (description.type === "answer") return;
+      this.#drop();
+      pc = this.pc;
+    }
     this.#ignoring = !this.#polite() && description.type === "offer" && pc.signalingState !== "stable";
     if (this.#ignoring) {
       this.#early = [];
+      // It may be that the other side never had ours.
+      if (this.#lossy && pc.signalingState === "have-local-offer") this.#describe();
       return;
     }
+    this.#certificates = certificates;
     await pc.setRemoteDescription(description);
     // Chromium may find no candidates after an offer that was taken back.
     clearTimeout(this.#restart);
@@ -421,7 +461,7 @@ class Negotiator {
     for (const candidate of this.#early.splice(0)) await this.#addCandidate(pc, candidate);
     if (description.type === "offer") {
       await pc.setLocalDescription();
-      if (pc === this.#pc) this.#describe();
+      if (pc === this.#pc) this.#describe(offer);
     }
   }
 
@@ -429,7 +469,7 @@ class Negotiator {
     try {
       await pc.addIceCandidate(candidate);
     } catch (error) {
-      if (!this.#ignoring) throw error;
+      if (!this.#ignoring) console.warn("parley:", error); // others may do
     }
   }
 
@@ -474,7 +514,7 @@ function bothOpen(channel) {
       how(value);
       setTimeout(() => early.forEach((data) => channel.dispatchEvent(new MessageEvent("message", { data }))), 0);
     };
-    entry.cancel = () => settle(reject, closedError("The connection to the other device was closed."));
+    entry.cancel = (error = closedError("The connection to the other device was closed.")) => settle(reject, error);
     const greet = () => channel.readyState === "open" && channel.send(HERE);
     const met = () => {
       channel.send(HERE_TOO);
@@ -485,12 +525,12 @@ function bothOpen(channel) {
       if (heard) met();
       else repeat = setInterval(greet, HERE_AGAIN);
     });
-    channel.addEventListener("close", entry.cancel);
+    channel.addEventListener("close", () => entry.cancel());
     channel.addEventListener("message", (event) => {
       const ours = event.data === HERE || event.data === HERE_TOO;
       if (!ours && settled) return;
       event.stopImmediatePropagation();
-      if (!ours) return void early.push(event.data);
+      if (!ours) return void (early.push(event.data) > EARLY && channel.close());
       heard = true;
       if (channel.readyState !== "open") return;
       if (event.data === HERE) met();
@@ -527,20 +567,28 @@ async function routeOf(pc) {
 function channelID(label) {
   let hash = 0x811c9dc5;
   for (const byte of new TextEncoder().encode(label)) hash = Math.imul(hash ^ byte, 0x01000193) >>> 0;
-  return hash % 1000; // browsers take less than 1024
+  return hash % 256; // some browsers have no more at first
 }
 
 function randomText(bytes) {
   return Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (b) => b.toString(16).padStart(2, "0")).join("");
 }
 
+// certificatesOf returns the certificates that a description names.
+function certificatesOf(sdp = "") {
+  return [...new Set(Array.from(String(sdp).matchAll(/^a=fingerprint:\s*(.*?)\s*$/gim), ([, value]) => value.toLowerCase()))].sort().join();
+}
+
 // --- ICE servers.
+
+const ASK_LATER = 60_000; // ms, where the server gives no credentials for now
 
 // An ICEServers keeps the server's ICE servers, and asks for new ones when the
 // credentials have a fifth of their life left.
 class ICEServers {
   #ask;
   #timer = 0;
+  #expires = 0;
   list = [];
 
   constructor(ask) {
@@ -548,13 +596,20 @@ class ICEServers {
   }
 
   // set takes servers with credentials that live ttl seconds; without a ttl
-  // their user names say until when.
-  set(servers, ttl) {
-    this.list = servers ?? [];
+  // their user names say until when. throttled says that this time there are no
+  // credentials: those of before are kept while they live.
+  set(servers, ttl, throttled = false) {
     clearTimeout(this.#timer);
+    if (throttled) {
+      if (Date.now() >= this.#expires) this.list = servers ?? [];
+      this.#timer = setTimeout(this.#ask, ASK_LATER);
+      return;
+    }
+    this.list = servers ?? [];
     const user = this.list.map((s) => /^(\d+):/.exec(s.username ?? "")).find(Boolean);
     if (!user && !ttl) return;
     const life = ttl ? ttl * 1000 : user[1] * 1000 - Date.now();
+    this.#expires = Date.now() + life;
     const soon = Math.max(life * 0.8 - 1_000, 1_000); // a second is lost where times are whole ones
     this.#timer = setTimeout(this.#ask, Math.min(soon, 2 ** 31 - 1));
   }
@@ -596,6 +651,7 @@ export class Session extends EventTarget {
 
   #nextID = 1; //    goes on where a page of before, with the same sid, has stopped
   #outbox = []; //   mail { id, text, sent, resolve, reject } in order; id is 0 before it is first sent
+  #window = MAIL_WINDOW;
   #full = 0; //    timer: the other's mailbox is full
   #watermark = 0; // the highest seq that was handled
   #acked = 0;
@@ -684,7 +740,7 @@ export class Session extends EventTarget {
       case "error":
         return this.#failed(frame);
       case "ice_servers":
-        this.#ice.set(frame.iceServers, frame.ttl);
+        this.#ice.set(frame.iceServers, frame.ttl, frame.throttled);
         return this.#negotiator.refresh();
       case "offer":
       case "answer":
@@ -699,24 +755,27 @@ export class Session extends EventTarget {
     }
   }
 
-  #welcome({ polite, peer, peerV = 0, lastId = 0, heartbeat, maxMessage, iceServers }) {
+  #welcome({ polite, peer, peerV = 0, lastId = 0, heartbeat, maxMessage, iceServers, throttled }) {
     this.#polite = polite;
     this.#nextID = Math.max(this.#nextID, lastId + 1);
     this.#mailLimit = Math.min(maxMessage - ENVELOPE, MAILBOX);
     this.#link.welcomed(heartbeat);
-    this.#ice.set(iceServers);
+    this.#ice.set(iceServers, undefined, throttled);
     this.#negotiator.refresh();
     const resumed = this.#opened;
     this.#opened = true;
     this.#state = "open";
-    this.#link.send({ type: "hello", deliveredUpTo: this.#watermark || undefined });
-    this.#acked = this.#watermark;
+    this.#hello();
     for (const mail of this.#outbox) mail.sent = false; // what had no receipt is sent again
     this.#flush();
     emit(this, "open", { resumed });
     this.#peerV = peer === "absent" ? this.#peerV : peerV;
     this.#peer(peer, resumed);
     if (resumed) this.#negotiator.resumed(!this.#peerV);
+  }
+
+  #hello() {
+    if (this.#link.send({ type: "hello", deliveredUpTo: this.#watermark || undefined })) this.#acked = this.#watermark;
   }
 
   #peer(presence, resumed = false) {
@@ -758,7 +817,7 @@ export class Session extends EventTarget {
 
   #flush() {
     if (!this.#link?.up || this.#full) return;
-    for (const mail of this.#outbox.slice(0, MAIL_WINDOW)) {
+    for (const mail of this.#outbox.slice(0, this.#window)) {
       if (mail.sent) continue;
       mail.sent = true;
       mail.id ||= this.#nextID++;
@@ -781,20 +840,23 @@ export class Session extends EventTarget {
   }
 
   #queued({ id, seq }) {
+    this.#window = MAIL_WINDOW;
     this.#settle(id)?.resolve({ seq });
   }
 
   #failed({ code, error, ref }) {
     if (ref === "hello") {
-      // The server has begun anew: a watermark of before means nothing there.
-      this.#watermark = this.#acked = 0;
-      this.#link.send({ type: "hello" });
+      // The server has begun anew: a watermark of before means nothing there. Or
+      // it cannot tell at the moment.
+      if (code === "bad_frame") this.#watermark = this.#acked = 0;
+      setTimeout(() => this.#hello(), code === "bad_frame" ? 0 : FULL_RETRY);
       return;
     }
     const mail = this.#outbox.find(({ id }) => id === ref);
     if (!mail) return;
     if (code === "mailbox_full" || code === "over_capacity" || code === "backend_unavailable") {
       mail.sent = false;
+      this.#window = 1; // so that nothing else overtakes it
       this.#full ||= setTimeout(() => {
         this.#full = 0;
         this.#flush();
@@ -828,6 +890,7 @@ export class Session extends EventTarget {
     this.#ice.stop();
     clearTimeout(this.#full);
     this.#peerHere.resolve(true);
+    this.#negotiator.finish(error);
     for (const mail of this.#outbox.splice(0)) mail.reject(error);
     emit(this, "close", { error });
   }
@@ -919,19 +982,19 @@ export class Room extends EventTarget {
       case "candidate":
         return this.#receive(frame, { candidate: frame.payload });
       case "ice_servers":
-        this.#ice.set(frame.iceServers, frame.ttl);
+        this.#ice.set(frame.iceServers, frame.ttl, frame.throttled);
         for (const n of this.#negotiators.values()) n.refresh();
         return;
     }
   }
 
-  #joined({ from, roomId, displayName, peers, host, resume, iceServers }) {
+  #joined({ from, roomId, displayName, peers, host, resume, iceServers, throttled }) {
     const resumed = this.#self?.id === from;
     if (!resumed) for (const id of [...this.#members.keys()]) this.#remove(id);
     this.#id = roomId;
     this.#self = { id: from, displayName };
     this.#secret = resume;
-    this.#ice.set(iceServers);
+    this.#ice.set(iceServers, undefined, throttled);
     this.#state = "open";
     this.#link.welcomed();
     emit(this, "open", { resumed });
@@ -967,7 +1030,7 @@ export class Room extends EventTarget {
     if (!this.#members.has(from)) return;
     const { pc, ...rest } = payload ?? {};
     if (signal.candidate) signal.candidate = rest;
-    this.#negotiator(from).receive({ ...signal, from: pc?.from, to: pc?.to });
+    this.#negotiator(from).receive({ ...signal, offer: pc?.offer, from: pc?.from, to: pc?.to });
   }
 
   #negotiator(peer) {
@@ -977,8 +1040,9 @@ export class Room extends EventTarget {
     if (!this.#members.has(peer)) throw new ParleyError("peer_not_found", "There is no such member in the room.");
     n = new Negotiator({
       polite: () => this.#self.id > peer,
-      signal: ({ description, candidate, from, to }) =>
-        this.#link.send({ type: description?.type ?? "candidate", to: peer, payload: { ...(description ?? candidate), pc: { from, to } } }),
+      lossy: true,
+      signal: ({ description, candidate, offer, from, to }) =>
+        this.#link.send({ type: description?.type ?? "candidate", to: peer, payload: { ...(description ?? candidate), pc: { from, to, offer } } }),
       ready: async () => this.#state !== "closed",
       config: () => withServers(this.#rtc, this.#ice.list),
       on: {
@@ -1002,6 +1066,7 @@ export class Room extends EventTarget {
   #end(error) {
     this.#state = "closed";
     this.#ice.stop();
+    for (const n of this.#negotiators.values()) n.finish(error);
     emit(this, "close", { error });
   }
 }

@@ -22,6 +22,7 @@ const ACK_EVERY = 2 * 1024 * 1024;
 const WRITE = 1024 * 1024; //       to disk at once
 const PART = 16 * 1024 * 1024; //   of a Blob; browsers keep large ones on disk
 const MAX_OFFERS = 100; //          that wait, in one direction
+const MAX_ITEMS = 5_000; //         taken from the other device, over all
 const TICK = 100; //                ms between two updates
 const SMOOTH = 3_000; //            ms over which speed is averaged
 const LOST = "The connection to the other device was lost.";
@@ -258,6 +259,7 @@ export class Transfer extends EventTarget {
   #offered({ id, name, size, type }) {
     if (typeof id !== "string" || !/^[\w-]{1,32}$/.test(id) || this.#in.has(id) || this.#out.has(id)) return;
     // The sender counts those that wait; here those under way count as well.
+    if (this.#in.size >= MAX_ITEMS) return this.#tell({ t: "cancel", id });
     const open = [...this.#in.values()].filter((item) => !isOver(item)).length;
     if (open >= 2 * MAX_OFFERS || !Number.isSafeInteger(size) || size < 0 || typeof name !== "string") {
       return this.#tell({ t: "cancel", id });

@@ -98,6 +98,9 @@ export async function verify({ pc, channel, role, key = null, patience = PATIENC
 export function fingerprints(pc, role) {
   const local = fingerprintOf(pc.localDescription?.sdp);
   const remote = fingerprintOf(pc.remoteDescription?.sdp);
+  // Where a browser says which certificate is in use, that is what counts.
+  const [used] = pc.sctp?.transport?.getRemoteCertificates?.() ?? [];
+  if (used && !equal(sha256(new Uint8Array(used)), remote)) throw notAuthentic("The certificate in use is another one.");
   if (equal(local, remote)) throw notAuthentic("Both devices have the same certificate.");
   return role === "A" ? { fpA: local, fpB: remote } : { fpA: remote, fpB: local };
 }
