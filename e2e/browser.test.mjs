@@ -242,6 +242,80 @@ for (const [ours, theirs] of [["A", "B"], ["B", "A"]]) {
   });
 }
 
+// A session whose frames can be read, and some of them lost.
+const tap = (page) =>
+  page.evaluate(() => {
+    globalThis.sent = [];
+    globalThis.lose = () => false;
+    const send = WebSocket.prototype.send;
+    WebSocket.prototype.send = function (text) {
+      const frame = JSON.parse(text);
+      sent.push(frame);
+      if (!lose(frame)) send.call(this, text);
+    };
+  });
+
+test("another certificate is another connection, and a provisional answer is none", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  await tap(b);
+  const appID = randomUUID();
+  await Promise.all([join(a, { appID, side: "A" }), join(b, { appID, side: "B" })]);
+  await meet(a, b);
+  await a.evaluate(() => {
+    globalThis.first = session.peerConnection();
+    globalThis.fresh = new Promise((resolve) => session.addEventListener("peerconnection", () => resolve(first.connectionState), { once: true }));
+  });
+  // forge has B's server say that B has described itself with another certificate.
+  const forge = (type) =>
+    b.evaluate((type) => {
+      const { payload } = sent.findLast(({ payload }) => payload?.description);
+      const sdp = payload.description.sdp.replace(/(a=fingerprint:sha-256 )[0-9A-F:]+/g, "$1" + Array(32).fill("AB").join(":"));
+      return session.send({ ...payload, offer: undefined, description: { type, sdp } });
+    }, type);
+  await forge("pranswer");
+  await forge("answer");
+  await a.evaluate(() => new Promise((resolve) => setTimeout(resolve, 300)));
+  assert.deepEqual(await a.evaluate(() => [first === session.peerConnection(), first.signalingState, first.remoteDescription.sdp.includes("AB:AB:AB")]), [true, "stable", false]);
+  await forge("offer");
+  assert.equal(await a.evaluate(() => fresh), "closed");
+});
+
+test("an answer that is lost in a room is asked for again", async (t) => {
+  const { url, port } = await startParley(t, { ROOMS: "open" });
+  const network = await startNetwork(t, port);
+  const pages = [await openPage(t, network.url), await openPage(t, network.url)];
+  const { code } = await pages[0].evaluate(() => parley.openRoom());
+  for (const page of pages) {
+    await tap(page);
+    await page.evaluate((code) => {
+      globalThis.lost = 0;
+      globalThis.lose = ({ type }) => type === "answer" && lost++ === 0;
+      globalThis.session = parley.joinRoom({ server: location.origin, room: code });
+    }, code);
+  }
+  for (const page of pages) await until("both there", () => page.evaluate(() => session.members.size === 1));
+  const greeting = Promise.all(pages.map((page) => page.evaluate(() => greet(session, "game", [...session.members.keys()][0]))));
+  await until("an answer is lost", async () => (await Promise.all(pages.map((page) => page.evaluate(() => lost)))).some((n) => n > 0));
+  network.kill();
+  for (const heard of await greeting) assert.match(heard, /^hello from /);
+});
+
+test("a channel that can never open is refused, with the reason", async (t) => {
+  const { url } = await startParley(t);
+  const [a, b] = [await openPage(t, url), await openPage(t, url)];
+  const appID = randomUUID();
+  await join(a, { appID, side: "A" });
+  await until("A there", () => a.evaluate(() => session.state === "open"));
+  await join(b, { appID, side: "A" });
+  const codes = await b.evaluate(async () => {
+    const early = await session.channel("chat").catch((error) => error.code);
+    return [early, await session.channel("later").catch((error) => error.code)];
+  });
+  assert.deepEqual(codes, ["busy", "busy"]);
+  clean(a, b);
+});
+
 test("a channel that was closed is opened anew", async (t) => {
   const { url } = await startParley(t);
   const [a, b] = [await openPage(t, url), await openPage(t, url)];
