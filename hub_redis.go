@@ -120,8 +120,7 @@ func newRedisHub(o hubOptions, r *redisStore, heartbeat time.Duration, clock str
 type redisSeat struct {
 	// static after construction
 	hub     *redisHub
-	id      sessionID
-	key     string // id in words
+	key     string // the session's ID, in words
 	number  uint64
 	holder  string
 	request joinRequest
@@ -165,7 +164,7 @@ var postErrors = map[string]error{"full": errMailFull, "capacity": errOverCapaci
 func (h *redisHub) run(ctx context.Context, s *redisScript, sessions []string, args ...any) (answer []any, err error) {
 	keys := make([]string, len(sessions))
 	for i, id := range sessions {
-		keys[i] = "parley:{" + id + "}"
+		keys[i] = sessionKey(id)
 	}
 	res, err := h.eval(ctx, s, keys, args...)
 	if err != nil {
@@ -195,6 +194,9 @@ func (h *redisHub) run(ctx context.Context, s *redisScript, sessions []string, a
 	}
 	return nil, errBackend
 }
+
+// sessionKey is where a session is in Redis. The braces keep its keys together.
+func sessionKey(id string) string { return "parley:{" + id + "}" }
 
 // deliver tells a connection of this instance what a script has to say to it.
 func (h *redisHub) deliver(message string) {
@@ -395,7 +397,7 @@ func (h *redisHub) Join(ctx context.Context, id sessionID, r joinRequest, notify
 	if !r.room && seatIndex(r.name) < 0 {
 		return nil, view{}, errNoPeer
 	}
-	m := &redisSeat{hub: h, id: id, key: id.String(), number: h.number.Add(1), request: r, notify: notify, name: r.name}
+	m := &redisSeat{hub: h, key: id.String(), number: h.number.Add(1), request: r, notify: notify, name: r.name}
 	m.holder = h.instance + ":" + strconv.FormatUint(m.number, 10)
 	h.mu.Lock()
 	h.seats[m.number] = m
@@ -796,7 +798,7 @@ func (h *redisHub) retryLeaveLocked(m *redisSeat, forGood bool) {
 		return
 	}
 	m.mu.Lock()
-	rest := &redisSeat{hub: h, id: m.id, key: m.key, number: m.number, holder: m.holder, name: m.name, seated: m.seated, left: true}
+	rest := &redisSeat{hub: h, key: m.key, number: m.number, holder: m.holder, name: m.name, seated: m.seated, left: true}
 	m.mu.Unlock()
 	h.leaving[rest.number] = leaving{rest, forGood}
 }

@@ -309,7 +309,7 @@ func (h *redisHub) leaveStrays(ctx context.Context) error {
 		}
 		for _, entry := range held {
 			id, name, _ := strings.Cut(entry, " ")
-			holder, err := h.client.HGet(ctx, "parley:{"+id+"}", name+":h").Result()
+			holder, err := h.client.HGet(ctx, sessionKey(id), name+":h").Result()
 			if err != nil && !errors.Is(err, redis.Nil) {
 				return err
 			}
