@@ -8,18 +8,6 @@ import "syscall"
 // blocking.
 const canPoll = true
 
-func sysRead(fd uintptr, p []byte) (int, error)  { return retry(syscall.Read, fd, p) }
-func sysWrite(fd uintptr, p []byte) (int, error) { return retry(syscall.Write, fd, p) }
-
-// retry repeats a call that a signal interrupted. It never returns less than 0.
-func retry(call func(int, []byte) (int, error), fd uintptr, p []byte) (int, error) {
-	for {
-		if n, err := call(int(fd), p); err != syscall.EINTR {
-			return max(n, 0), err
-		}
-	}
-}
-
 func wouldBlock(err error) bool { return err == syscall.EAGAIN }
 
 // openFileLimit returns how many files the process may open, 0 if that is not

@@ -134,6 +134,8 @@ func TestBurst(t *testing.T) {
 				conn.SetWriteBuffer(64 << 10)
 			})
 			ts.clients.each(func(c *client) {
+				c.mu.Lock() // as begin did, after the field was set
+				defer c.mu.Unlock()
 				if c.sys == nil && canPoll {
 					t.Error("the socket is not polled")
 				}
