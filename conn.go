@@ -84,15 +84,14 @@ type conn struct {
 	in        *buffer // what was read and not consumed: in.b[inFrom:inTo]
 	inFrom    int
 	inTo      int
-	one       [1]byte // where a byte is waited for that cannot be polled for
 	poll      func(fd uintptr) bool
-	pollErr   error
-	once      bool  // poll does not wait
-	readErr   error // of the socket, when the library's reading failed for it
-	boundary  bool  // the library stands between two messages
-	inMessage bool  // a message has begun and not ended
-	deadline  bool  // a read deadline is set
-	began     int64 // when the message was begun, since start
+	readErr   error   // of the socket, when the library's reading failed for it
+	began     int64   // when the message was begun, since start
+	one       [1]byte // where a byte is waited for that cannot be polled for
+	once      bool    // poll does not wait
+	boundary  bool    // the library stands between two messages
+	inMessage bool    // a message has begun and not ended
+	deadline  bool    // a read deadline is set
 
 	lastByte atomic.Int64 // when something was read, since start
 	paused   atomic.Bool  // not reading, because someone is slow to
@@ -104,8 +103,8 @@ type conn struct {
 	mu sync.Mutex
 	// guarded by mu
 	started  bool
-	answers  []byte // encoded frames that go ahead of the source's
 	closed   closeCode
+	answers  []byte // encoded frames that go ahead of the source's
 	gate     chan struct{}
 	timer    *time.Timer
 	pingDue  int64 // when the next ping is
@@ -154,8 +153,9 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 			return nil, nil, err
 		}
 	}
-	c.br = bufio.NewReaderSize(stream{nc, c}, headerBuffer)
-	return stream{nc, c}, bufio.NewReadWriter(c.br, bufio.NewWriterSize(stream{nc, c}, controlBuffer)), nil
+	s := (*stream)(c)
+	c.br = bufio.NewReaderSize(s, headerBuffer)
+	return s, bufio.NewReadWriter(c.br, bufio.NewWriterSize(s, controlBuffer)), nil
 }
 
 // accept upgrades the request. subprotocol is what to agree to, or "".
@@ -199,16 +199,19 @@ func (c *conn) begin(first []byte) {
 }
 
 // A stream is the connection as the library sees it.
-type stream struct {
-	net.Conn
-	c *conn
-}
+type stream conn
 
-func (s stream) Read(p []byte) (int, error)  { return s.c.read(p) }
-func (s stream) Write(p []byte) (int, error) { return s.c.writeControl(p) }
+func (s *stream) Read(p []byte) (int, error)  { return (*conn)(s).read(p) }
+func (s *stream) Write(p []byte) (int, error) { return (*conn)(s).writeControl(p) }
 
 // Close does nothing: the connection is closed by run, after the close frame.
-func (s stream) Close() error { return nil }
+func (s *stream) Close() error { return nil }
+
+func (s *stream) LocalAddr() net.Addr                { return s.net.LocalAddr() }
+func (s *stream) RemoteAddr() net.Addr               { return s.net.RemoteAddr() }
+func (s *stream) SetDeadline(t time.Time) error      { return s.net.SetDeadline(t) }
+func (s *stream) SetReadDeadline(t time.Time) error  { return s.net.SetReadDeadline(t) }
+func (s *stream) SetWriteDeadline(t time.Time) error { return s.net.SetWriteDeadline(t) }
 
 // now is the time since the server started, in nanoseconds.
 func (o *connOptions) now() int64 { return int64(time.Since(o.start)) }
@@ -230,7 +233,7 @@ func (c *conn) wait() error {
 		if err := c.sys.Read(c.poll); err != nil {
 			return err
 		}
-		return c.pollErr
+		return c.readErr
 	}
 	if _, err := c.net.Read(c.one[:]); err != nil {
 		return err
@@ -241,24 +244,24 @@ func (c *conn) wait() error {
 	return nil
 }
 
-// pollRead reads what is there into a borrowed buffer. It returns false when
-// there is nothing yet, to be called again when there is.
+// pollRead reads what is there into a borrowed buffer, or sets readErr. It
+// returns false when there is nothing yet, to be called again when there is.
 func (c *conn) pollRead(fd uintptr) bool {
 	buf := c.buffers.get(c.readSize)
 	n, err := sysRead(fd, buf.b[:c.readSize])
 	if wouldBlock(err) {
 		buf.free()
-		c.pollErr = nil
+		c.readErr = nil
 		return c.once
 	}
 	if n <= 0 {
 		buf.free()
-		if c.pollErr = err; err == nil {
-			c.pollErr = io.EOF
+		if c.readErr = err; err == nil {
+			c.readErr = io.EOF
 		}
 		return true
 	}
-	c.in, c.inFrom, c.inTo, c.pollErr = buf, 0, n, nil
+	c.in, c.inFrom, c.inTo, c.readErr = buf, 0, n, nil
 	c.touch()
 	return true
 }
@@ -292,8 +295,10 @@ func (c *conn) waitInMessage() error {
 		c.once = true
 		err := c.sys.Read(c.poll)
 		c.once = false
-		if err != nil || c.in != nil || c.pollErr != nil {
-			return errors.Join(err, c.pollErr)
+		if err != nil {
+			return err
+		} else if c.in != nil || c.readErr != nil {
+			return c.readErr
 		}
 	}
 	c.src.flush()

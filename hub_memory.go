@@ -101,7 +101,7 @@ type memorySlot struct {
 	away   *time.Timer
 	taken  []time.Time // recent takeovers
 
-	ids idLog // of the mail this claim has sent
+	ids *idLog // of the mail this claim has sent; nil before the first
 
 	queue      []frame // relay and presence frames
 	queueBytes int
@@ -437,7 +437,7 @@ func (s *memorySession) joinPair(r joinRequest, m *memorySeat, now time.Time) (v
 	i := seatIndex(r.name)
 	slot, other := s.slot(i), s.seats[1-i]
 	if slot.state() == absent {
-		slot.claim, slot.ids, slot.taken = r.claim, idLog{}, nil
+		slot.claim, slot.ids, slot.taken = r.claim, nil, nil
 	} else {
 		if slot.claim == (claim{}) || slot.claim != r.claim {
 			return v, wake, errBusy
@@ -449,7 +449,7 @@ func (s *memorySession) joinPair(r joinRequest, m *memorySeat, now time.Time) (v
 	m.session, m.slot = s, slot
 	slot.holder, slot.v = m, r.v
 	s.met(now)
-	v.mail, v.held, v.lastID = len(slot.mail) > 0, other.overfull(m), slot.ids.last
+	v.mail, v.held, v.lastID = len(slot.mail) > 0, other.overfull(m), slot.ids.highest()
 	if v.peer = other.state(); v.peer != absent {
 		v.peerV = other.v
 	}
@@ -694,6 +694,9 @@ func (m *memorySeat) relay(slot *memorySlot, f frame) error {
 // highest id.
 func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 	h := m.session.hub
+	if m.slot.ids == nil {
+		m.slot.ids = new(idLog)
+	}
 	if f.id != 0 && m.slot.ids.stored(f.id) {
 		seq := m.slot.ids.lastSeq
 		for i := range slot.mail {

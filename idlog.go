@@ -20,6 +20,15 @@ type idGap struct{ lo, hi uint64 }
 // again what was refused, so often, has given up the oldest of it.
 const maxGaps = 64
 
+// highest returns the highest id that has been stored, or 0. There may be no log
+// yet.
+func (l *idLog) highest() uint64 {
+	if l == nil {
+		return 0
+	}
+	return l.last
+}
+
 // stored reports whether id has been stored.
 func (l *idLog) stored(id uint64) bool {
 	if id > l.last {
