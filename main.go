@@ -91,6 +91,7 @@ func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.S
 	defer tasks.Wait()
 	defer stopBackground()
 	tasks.Go(func() { p.run(background) })
+	tasks.Go(func() { returnMemory(background) })
 	failed := make(chan error, len(fronts))
 	for _, f := range fronts {
 		go func() { failed <- f.serve(background) }()
