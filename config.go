@@ -134,7 +134,7 @@ func configOptions(c *config) []option {
 		{name: "METRICS_ROUTE", def: "/metrics", optionValue: checkedOption(&c.metricsRoute, checkMetricsRoute),
 			help: "path of the Prometheus metrics"},
 		{name: "METRICS_ADDR", optionValue: checkedOption(&c.metricsAddr, checkAddr),
-			help: "host:port of a listener for the metrics alone, which then are nowhere else"},
+			help: "host:port of a listener for the metrics, which then are nowhere else, and for profiles at /debug/pprof/"},
 		{name: "DEMO", def: "true", prod: "false", optionValue: boolOption(&c.demo),
 			help: "serve the demo page at /"},
 		{name: "DRAIN_TIMEOUT", def: "10s", optionValue: durationOption(&c.drainTimeout, time.Millisecond, time.Hour),
@@ -862,7 +862,7 @@ func checkMetricsRoute(route string) error {
 	case "/", "/rendezvous/code", "/rendezvous/redeem", "/ice-servers", "/healthz", "/readyz", "/whoami", "/version", "/ws", "/api/rooms":
 		taken = true
 	}
-	if taken || strings.HasPrefix(route, "/api/rooms/") || strings.HasPrefix(route, "/ws/signal/") || strings.HasPrefix(route, "/web/") {
+	if taken || strings.HasPrefix(route, "/api/rooms/") || strings.HasPrefix(route, "/ws/signal/") || strings.HasPrefix(route, "/web/") || strings.HasPrefix(route, profilesPath) {
 		return fmt.Errorf("must be a path of its own, not %q, which has another use", route)
 	}
 	return nil

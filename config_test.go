@@ -98,7 +98,7 @@ func optionCases(t testing.TB) []optionCase {
 		{name: "METRICS_ROUTE", get: func(c *config) any { return c.metricsRoute }, dev: "/metrics", prod: "/metrics",
 			text: "/internal/metrics", want: "/internal/metrics",
 			bad: []string{"metrics", "/", "/metrics/", "/a//b", "/a/../ws", "/{x}", "/a b", "/a?b", "/a%20",
-				"/ws", "/healthz", "/web/x", "/ws/signal/x", "/api/rooms", "/api/rooms/x", "/rendezvous/code"}},
+				"/ws", "/healthz", "/web/x", "/debug/pprof/heap", "/ws/signal/x", "/api/rooms", "/api/rooms/x", "/rendezvous/code"}},
 		{name: "METRICS_ADDR", get: func(c *config) any { return c.metricsAddr }, dev: "", prod: "",
 			text: "[::1]:9090", want: "[::1]:9090", bad: []string{"9090", "127.0.0.1", "127.0.0.1:", "a:http", "a:65536", "a b:1"}},
 		{name: "DEMO", get: func(c *config) any { return c.demo }, dev: true, prod: false,

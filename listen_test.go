@@ -476,6 +476,12 @@ func TestMetricsAddr(t *testing.T) {
 		b, _ := io.ReadAll(res.Body)
 		return res.StatusCode, string(b)
 	}
+	profiles := []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/goroutine", "/debug/pprof/cmdline", "/debug/pprof/mutex?seconds=1"}
+	for _, path := range profiles {
+		if status, _ := get("http://parley.test" + path); status != 404 {
+			t.Errorf("%s: %d in public", path, status)
+		}
+	}
 	for path, want := range map[string]int{"/healthz": 200, "/metrics": 404, "/internal/numbers": 404} {
 		if status, _ := get("http://parley.test" + path); status != want {
 			t.Errorf("%s: %d, want %d", path, status, want)
@@ -487,6 +493,11 @@ func TestMetricsAddr(t *testing.T) {
 		status, body := get("http://" + apart + path)
 		if status != want || (status == 200) != strings.Contains(body, "parley_build_info{") {
 			t.Errorf("%s apart: %d, want %d\n%.200s", path, status, want, body)
+		}
+	}
+	for _, path := range profiles {
+		if status, body := get("http://" + apart + path); status != 200 || body == "" {
+			t.Errorf("%s apart: %d %.200s", path, status, body)
 		}
 	}
 }

@@ -117,11 +117,11 @@ func (s *server) handler() http.Handler {
 	return s.exactly(mux)
 }
 
-// metricsHandler returns the one route of METRICS_ADDR.
+// metricsHandler returns the routes of METRICS_ADDR.
 func (s *server) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(s.cfg.metricsRoute, s.endpoint(s.metricsEndpoint()))
-	return s.exactly(mux)
+	return withProfiles(s.exactly(mux))
 }
 
 // exactly answers what mux has no route for, and spares clients its redirects
