@@ -126,34 +126,26 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	if err != nil {
 		return misuse{err}
 	}
+	known := []string{"yardstick", "parley", "peerjs"}
+	wanted := strings.Split(*names, ",")
+	for _, name := range wanted {
+		if !slices.Contains(known, name) {
+			return misuse{fmt.Errorf("-servers: there is no %s; there are %s", name, strings.Join(known, ", "))}
+		}
+	}
 	w, err := openWorkshop(ctx)
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	servers, err := w.contenders(ctx, strings.Split(*names, ","), stderr)
+	servers, err := w.contenders(ctx, wanted, stderr)
 	if err != nil {
 		return err
 	}
 
 	c := comparison{When: time.Now().UTC(), Machine: thisMachine(), Rounds: *rounds, Options: o.settings()}
-	bar := newProgress(stderr)
-	for round := range *rounds {
-		for _, l := range chosen {
-			for i := range servers { // each round another one is the first
-				s := servers[(i+round)%len(servers)]
-				if !s.has(l) {
-					continue
-				}
-				end := bar.begin(fmt.Sprintf("round %d of %d: %s on %s", round+1, *rounds, l.name, s.name))
-				r, err := s.measure(ctx, o, l)
-				end()
-				if err != nil {
-					return err
-				}
-				c.Runs = append(c.Runs, oneRun{round + 1, s.name, r})
-			}
-		}
+	if err := c.measure(ctx, o, servers, chosen, newProgress(stderr)); err != nil {
+		return err
 	}
 	c.fill()
 	c.writeTable(stdout, servers)
@@ -163,6 +155,28 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	fmt.Fprintln(stdout, "\nall figures:", *file)
 	if slices.ContainsFunc(c.Runs, func(r oneRun) bool { return r.Server == "parley" && !r.ok() }) {
 		return errFailed
+	}
+	return nil
+}
+
+// measure runs every load against every server in each round.
+func (c *comparison) measure(ctx context.Context, o options, servers []contender, chosen []load, bar *progress) error {
+	for round := range c.Rounds {
+		for _, l := range chosen {
+			for i := range servers {
+				s := servers[(i+round)%len(servers)] // each round another one is the first
+				if !s.has(l) {
+					continue
+				}
+				end := bar.begin(fmt.Sprintf("round %d of %d: %s on %s", round+1, c.Rounds, l.name, s.name))
+				r, err := s.measure(ctx, o, l)
+				end()
+				if err != nil {
+					return err
+				}
+				c.Runs = append(c.Runs, oneRun{round + 1, s.name, r})
+			}
+		}
 	}
 	return nil
 }
@@ -178,8 +192,6 @@ func (w *workshop) contenders(ctx context.Context, names []string, stderr io.Wri
 			s = w.parleyServer()
 		case "peerjs":
 			s, err = w.peerJSServer(ctx, stderr)
-		default:
-			err = misuse{fmt.Errorf("-servers: there is no %q", name)}
 		}
 		if err != nil {
 			return nil, err

@@ -103,7 +103,7 @@ func (b *bench) exchange(x, y *conn) error {
 				return err
 			}
 			if b.target.exact && !bytes.Equal(got, message) {
-				return fmt.Errorf("%.80q was sent, and %.80q received", message, got)
+				return fmt.Errorf("a message was changed on its way, from %q to %q", message, got)
 			}
 		}
 	}

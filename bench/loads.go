@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // A load is one way to put load on a server.
@@ -28,8 +30,8 @@ func loads() []load {
 // options say how much load.
 type options struct {
 	duration time.Duration // of the measurement
-	warmup   time.Duration // before it
 	hold     time.Duration // of idle connections
+	quiet    time.Duration // without any frame, after which those that are missing are lost
 	conns    int           // that are idle
 	pairs    int           // that relay
 	bursting int           // pairs in which one side floods
@@ -39,6 +41,9 @@ type options struct {
 	size     int           // bytes of a frame
 	bytes    int64         // most bytes that one load may flood
 }
+
+// warmup is how long a load runs before it is measured.
+func (o *options) warmup() time.Duration { return min(time.Second, o.duration/2) }
 
 // bounds of what may be asked for.
 const (
@@ -54,7 +59,7 @@ const (
 
 func defaults() options {
 	return options{
-		duration: 5 * time.Second, warmup: time.Second, hold: 8 * time.Second,
+		duration: 5 * time.Second, hold: 8 * time.Second, quiet: time.Second,
 		conns: 10_000, pairs: 100, bursting: 8, workers: 16, members: 16,
 		rate: 5_000, size: 500, bytes: 1 << 30,
 	}
@@ -148,6 +153,12 @@ func openPair(t *target) ([]*conn, error) {
 	return []*conn{x, y}, err
 }
 
+// openAlone opens one side of a session.
+func openAlone(t *target) ([]*conn, error) {
+	c, err := t.open("/ws?side=A&appID=" + uuid.NewString())
+	return []*conn{c}, err
+}
+
 // addPair hands a pair to the engine. Each side sends to the other.
 func (b *bench) addPair(e *engine, group []*conn) error {
 	x, err := e.add(group[0])
@@ -201,28 +212,41 @@ func (b *bench) idle() (r result) {
 
 // relay is a closed loop: every frame is answered with the next. What it says of
 // latency is only how many pairs there are, divided by the throughput.
-func (b *bench) relay() (r result) {
+func (b *bench) relay() result { return b.relayBeside(0) }
+
+// relayBeside is relay with idle connections beside it, each in a session of its
+// own.
+func (b *bench) relayBeside(idle int) (r result) {
 	e := b.engineWithPairs(b.pairs, &r)
 	if e == nil {
 		return r
 	}
 	defer e.close()
+	relaying := firstSides(e)
+	if idle > 0 {
+		failed, err := b.connect(idle, openAlone, func(group []*conn) error {
+			_, err := e.add(group[0])
+			return err
+		})
+		r.Failed += failed
+		r.fail(err)
+	}
 	frames, going := uint64(0), true
 	e.onFrame = func(to *peer, _ uint64) {
 		if frames++; going {
 			e.send(to)
 		}
 	}
-	for _, p := range firstSides(e) {
+	for _, p := range relaying {
 		e.send(p)
 	}
-	e.run(b.warmup)
+	e.run(b.warmup())
 	frames = 0
 	s := b.meter.start()
 	e.run(b.duration)
 	r.spent(s, frames)
 	going = false
-	e.settle(time.Second)
+	e.settle(b.quiet)
 	r.count(e.tally())
 	return r
 }
@@ -236,13 +260,13 @@ func (b *bench) latency() (r result) {
 	defer e.close()
 	var h histogram
 	e.timing(&h)
-	e.pace(b.warmup, e.peers, b.rate)
+	e.pace(b.warmup(), e.peers, b.rate)
 	h = histogram{}
 	s := b.meter.start()
 	r.Unsent = e.pace(b.duration, e.peers, b.rate)
 	r.spent(s, h.n)
 	r.Latency = h.latency()
-	e.settle(time.Second)
+	e.settle(b.quiet)
 	r.count(e.tally())
 	return r
 }
@@ -266,7 +290,7 @@ func (b *bench) burst() (r result) {
 	for _, p := range firstSides(e) {
 		e.setFlood(p, false)
 	}
-	e.settle(time.Second) // what is on its way belongs to it: it has been paid for
+	e.settle(b.quiet) // what is on its way belongs to it: it has been paid for
 	r.spent(s, frames)
 	r.MemoryPeak = peak()
 	r.count(e.tally())
@@ -284,7 +308,7 @@ func (b *bench) slow() (r result) {
 	flooding, deaf, others := e.peers[0], e.peers[1], e.peers[2:]
 	var h histogram
 	e.timing(&h)
-	e.pace(b.warmup, others, b.rate/2)
+	e.pace(b.warmup(), others, b.rate/2)
 	h = histogram{}
 	e.pace(b.duration/2, others, b.rate/2)
 	r.Slow = &slowReader{Before: h.latency()}
@@ -311,7 +335,7 @@ func (b *bench) slow() (r result) {
 	}
 	r.Slow.Newcomers, r.Slow.NewcomersFailed, r.Slow.NewcomerSlowest = newcomers()
 	r.Slow.Flooded = e.flooded
-	e.settle(time.Second)
+	e.settle(b.quiet)
 	r.count(tallyOf(others))
 	return r
 }
@@ -383,14 +407,14 @@ func (b *bench) rooms() (r result) {
 			e.send(p)
 		}
 	}
-	e.run(b.warmup)
+	e.run(b.warmup())
 	h = histogram{}
 	s := b.meter.start()
 	e.run(b.duration)
 	r.spent(s, h.n)
 	r.Latency = h.latency()
 	going = false
-	e.settle(time.Second)
+	e.settle(b.quiet)
 	r.count(e.tally())
 	return r
 }

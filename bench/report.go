@@ -79,9 +79,12 @@ func perSecond(n uint64, took time.Duration) float64 { return float64(n) / max(t
 
 // ok reports whether nothing was lost and nothing failed.
 func (r *result) ok() bool {
+	if r.Skipped {
+		return true
+	}
 	slow := r.Slow != nil && r.Slow.NewcomersFailed > 0
-	nothing := r.Done == 0 && r.Load != "idle" && !r.Skipped
-	return r.Lost == 0 && r.Wrong == 0 && r.Failed == 0 && r.Closed == 0 && !slow && !nothing && (r.Error == "" || r.Skipped)
+	nothing := r.Done == 0 && r.Load != "idle"
+	return r.Lost == 0 && r.Wrong == 0 && r.Failed == 0 && r.Closed == 0 && !slow && !nothing && r.Error == ""
 }
 
 // A report is the results of a run.
