@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -32,8 +33,20 @@ type child struct {
 	stop  func()
 }
 
-// start starts a server on a free port, with further settings in its environment.
-func (c contender) start(ctx context.Context, env ...string) (*child, error) {
+// start starts a server with further settings in its environment. The port that
+// was free a moment ago may have been taken since, so it tries again.
+func (c contender) start(ctx context.Context, env ...string) (server *child, err error) {
+	for range 3 {
+		if server, err = c.startOn(ctx, env); !errors.Is(err, errEnded) {
+			break
+		}
+	}
+	return server, err
+}
+
+var errEnded = errors.New("it ended at once")
+
+func (c contender) startOn(ctx context.Context, env []string) (*child, error) {
 	port, err := freePort()
 	if err != nil {
 		return nil, err
@@ -93,11 +106,19 @@ func awaitPort(port string, exited <-chan struct{}) error {
 		}
 		select {
 		case <-exited:
-			return errors.New("it ended at once")
+			return errEnded
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
 	return errors.New("it takes no connections")
+}
+
+// untilInterrupted is for a command that has servers to stop and files to remove
+// before it ends. A second interrupt ends it at once.
+func untilInterrupted(ctx context.Context) (context.Context, func()) {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // A workshop has what the servers are made of.

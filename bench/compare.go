@@ -133,6 +133,8 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 			return misuse{fmt.Errorf("-servers: there is no %s; there are %s", name, strings.Join(known, ", "))}
 		}
 	}
+	ctx, stop := untilInterrupted(ctx)
+	defer stop()
 	w, err := openWorkshop(ctx)
 	if err != nil {
 		return err

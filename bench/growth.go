@@ -110,6 +110,8 @@ func runGrowth(ctx context.Context, args []string, stdout, stderr io.Writer) err
 			return misuse{fmt.Errorf("nothing grows under the name %q; there are %s", name, strings.Join(all, ", "))}
 		}
 	}
+	ctx, stop := untilInterrupted(ctx)
+	defer stop()
 	w, err := openWorkshop(ctx)
 	if err != nil {
 		return err
