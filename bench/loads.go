@@ -16,7 +16,7 @@ type load struct {
 
 func loads() []load {
 	return []load{
-		{"idle", "-conns connections that do nothing for -hold: memory of each", (*bench).idle},
+		{"idle", "-conns connections that do nothing for -hold: memory of each, and server CPU of each in this time", (*bench).idle},
 		{"relay", "-pairs pairs that throw one frame to and fro: server CPU of a relayed frame", (*bench).relay},
 		{"latency", "the same pairs at -rate frames a second in all: how long one relay takes", (*bench).latency},
 		{"burst", "one side of -bursting pairs sends as fast as TCP takes it", (*bench).burst},
@@ -201,7 +201,10 @@ func (b *bench) idle() (r result) {
 		return r
 	}
 	defer e.close()
+	holding := b.meter.start()
 	e.run(b.hold)
+	_, r.ServerCPU = holding.used(uint64(len(e.peers)))
+	r.Seconds = b.hold.Seconds()
 	r.count(e.tally())
 	if grown := before.grown(); grown != nil {
 		each := float64(*grown) / float64(len(e.peers))

@@ -24,7 +24,7 @@ type result struct {
 	Done              uint64   `json:"done"` // frames received, or operations, while measuring
 	PerSecond         float64  `json:"per_second"`
 	Latency           *latency `json:"latency_us"`
-	ServerCPU         *float64 `json:"server_cpu_us"` // of each of those
+	ServerCPU         *float64 `json:"server_cpu_us"` // of each of those; of each connection that is held
 	ServerCores       *float64 `json:"server_cores"`
 
 	MemoryPerConnection *float64 `json:"memory_bytes_per_connection"`

@@ -97,7 +97,7 @@ func (c *curve) plot() (*plot.Plot, error) {
 	p.Legend.Add("single runs", dots)
 	p.NominalX(names...)
 	p.X.Min, p.X.Max = -.3, float64(len(names))-.7 // room for the names
-	p.Y.Min, p.Y.Max = 0, most*1.3 // from 0, or noise looks like growth
+	p.Y.Min, p.Y.Max = 0, most*1.3                 // from 0, or noise looks like growth
 	p.Legend.Top = true
 	return p, nil
 }
