@@ -82,6 +82,7 @@ func (e *engine) add(c *conn) (*peer, error) {
 		return nil, err
 	}
 	e.peers = append(e.peers, p)
+	e.poll(0) // those who came long before have pings to answer
 	return p, nil
 }
 

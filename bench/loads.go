@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -81,27 +82,17 @@ const (
 
 // connect sets up n groups of connections, several at a time, and hands each to
 // add on this goroutine.
-func (b *bench) connect(n int, open func(*target) ([]*conn, error), add func([]*conn) error) (failed int, err error) {
+func (b *bench) connect(n int, open func(*target) ([]*conn, error), add func([]*conn) error) (failed int, first error) {
 	type opened struct {
 		group []*conn
 		err   error
 	}
-	todo, results := make(chan struct{}, n), make(chan opened, n)
-	for range n {
-		todo <- struct{}{}
-	}
-	close(todo)
-	stop := make(chan struct{})
-	stopOnce := sync.OnceFunc(func() { close(stop) })
+	var begun atomic.Int64
+	results := make(chan opened, b.workers)
 	var workers sync.WaitGroup
 	for range min(b.workers, n) {
 		workers.Go(func() {
-			for range todo {
-				select {
-				case <-stop:
-					return
-				default:
-				}
+			for begun.Add(1) <= int64(n) {
 				group, err := open(b.target)
 				results <- opened{group, err}
 			}
@@ -118,14 +109,14 @@ func (b *bench) connect(n int, open func(*target) ([]*conn, error), add func([]*
 		if r.err == nil {
 			continue
 		}
-		if failed++; failed == 1 {
-			err = r.err
+		if first == nil {
+			first = r.err
 		}
-		if failed == giveUp {
-			stopOnce()
+		if failed++; failed == giveUp {
+			begun.Store(int64(n)) // no more of them
 		}
 	}
-	return failed, err
+	return failed, first
 }
 
 // engineWithPairs sets pairs up. In r it notes how that went. There is no engine
