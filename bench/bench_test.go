@@ -204,13 +204,14 @@ func TestMisuse(t *testing.T) {
 		{"-nothing", "not defined"},
 		{"relays", "there are idle, relay"},
 		{"compare -servers nginx relay", "no nginx"},
+		{"compare -rounds 0", "want 1 to 100"},
 		{"compare nothing", "no load"},
 		{"growth nothing", "nothing grows"},
 		{"yardstick", "usage"},
 	} {
-		status, _, stderr := call(t, strings.Fields(test.args)...)
-		if status != 2 || !strings.Contains(stderr, test.says) {
-			t.Errorf("%s: exit status %d, want 2; %s", test.args, status, stderr)
+		status, stdout, stderr := call(t, strings.Fields(test.args)...)
+		if status != 2 || !strings.Contains(stderr, test.says) || stdout != "" {
+			t.Errorf("%s: exit status %d, want 2; %s%s", test.args, status, stdout, stderr)
 		}
 	}
 }
@@ -345,7 +346,7 @@ func TestGrowth(t *testing.T) {
 	t.Parallel()
 	w := testWorkshop(t)
 	var progress strings.Builder
-	g := &growth{options: small(), rounds: 1, server: w.parleyServer(), source: w.source, bar: newProgress(&progress)}
+	g := &growth{options: small(), server: w.parleyServer(), source: w.source, bar: newProgress(&progress)}
 	g.duration = 50 * time.Millisecond
 	g.plan = plan{idle: []int{0, 20}, digits: 4, taken: []int{0, 10}, members: []int{2, 3}}
 	rep, err := g.measure(t.Context(), []string{"relay", "mint", "rooms"})

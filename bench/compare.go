@@ -115,11 +115,11 @@ func compareUsage(w io.Writer) {
 // runCompare runs the same loads against several servers.
 func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o := defaults()
-	f := o.flags("bench compare", stdout, compareUsage)
-	rounds := f.Int("rounds", 3, "times that everything is measured")
+	f := o.flags("bench compare")
+	f.IntVar(&o.rounds, "rounds", o.rounds, "times that everything is measured")
 	names := f.String("servers", "yardstick,parley,peerjs", "servers to compare, separated by commas")
 	file := f.String("json", filepath.Join(os.TempDir(), "parley-compare.json"), "file to write all figures to")
-	if err := o.parse(f, args); err != nil {
+	if err := o.parse(f, args, stdout, compareUsage); err != nil {
 		return err
 	}
 	chosen, err := chooseLoads(f.Args())
@@ -145,7 +145,7 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		return err
 	}
 
-	c := comparison{When: time.Now().UTC(), Machine: thisMachine(), Rounds: *rounds, Options: o.settings()}
+	c := comparison{When: time.Now().UTC(), Machine: thisMachine(), Rounds: o.rounds, Options: o.settings()}
 	if err := c.measure(ctx, o, servers, chosen, newProgress(stderr)); err != nil {
 		return err
 	}

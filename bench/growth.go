@@ -23,7 +23,6 @@ import (
 type growth struct {
 	options
 	plan   plan
-	rounds int
 	server contender
 	source string // of parley
 	bar    *progress
@@ -94,10 +93,10 @@ func growthUsage(w io.Writer) {
 // runGrowth measures all, or what is named.
 func runGrowth(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	g := &growth{options: defaults(), plan: fullPlan(), bar: newProgress(stderr)}
-	f := g.flags("bench growth", stdout, growthUsage)
-	f.IntVar(&g.rounds, "rounds", 3, "times that everything is measured")
+	f := g.flags("bench growth")
+	f.IntVar(&g.rounds, "rounds", g.rounds, "times that everything is measured")
 	file := f.String("json", filepath.Join(os.TempDir(), "parley-growth.json"), "file to write all figures to")
-	if err := g.parse(f, args); err != nil {
+	if err := g.parse(f, args, stdout, growthUsage); err != nil {
 		return err
 	}
 	all := []string{"relay", "mint", "rooms", "janitor"}
@@ -200,6 +199,7 @@ func (g *growth) mint(ctx context.Context) (curve, error) {
 		space *= 10
 	}
 	err := g.withServer(ctx, func(b *bench) error {
+		b.duration = min(b.duration, time.Second) // what is minted while measuring stays taken too
 		minted := 0
 		for _, percent := range g.plan.taken {
 			end := g.bar.begin(fmt.Sprintf("minting until %d %% of %d codes are taken", percent, space))

@@ -60,7 +60,7 @@ func small() options {
 	o := defaults()
 	o.duration, o.hold, o.quiet = 100*time.Millisecond, 20*time.Millisecond, 200*time.Millisecond
 	o.conns, o.pairs, o.bursting, o.workers, o.members = 20, 5, 2, 4, 3
-	o.rate, o.bytes = 500, 1<<20
+	o.rate, o.bytes, o.rounds = 500, 1<<20, 1
 	return o
 }
 

@@ -41,6 +41,7 @@ type options struct {
 	rate     int           // frames a second, of all pairs together
 	size     int           // bytes of a frame
 	bytes    int64         // most bytes that one load may flood
+	rounds   int           // of compare and growth
 }
 
 // warmup is how long a load runs before it is measured.
@@ -56,13 +57,14 @@ const (
 	minSize     = 100      // less than this has no room for a candidate and a number
 	maxDuration = 10 * time.Minute
 	maxBytes    = 1 << 40
+	maxRounds   = 100
 )
 
 func defaults() options {
 	return options{
 		duration: 5 * time.Second, hold: 8 * time.Second, quiet: time.Second,
 		conns: 10_000, pairs: 100, bursting: 8, workers: 16, members: 16,
-		rate: 5_000, size: 500, bytes: 1 << 30,
+		rate: 5_000, size: 500, bytes: 1 << 30, rounds: 3,
 	}
 }
 

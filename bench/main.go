@@ -53,31 +53,23 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		}
 	}
 	err := command(ctx, args, stdout, stderr)
-	var wrong misuse
-	switch {
-	case err == nil:
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
-	case errors.Is(err, flag.ErrHelp):
-		return 0
-	case errors.As(err, &wrong):
-		fmt.Fprintln(stderr, "bench:", err)
-		return 2
+	}
+	if errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
 	}
 	fmt.Fprintln(stderr, "bench:", err)
+	if wrong := new(misuse); errors.As(err, wrong) {
+		return 2
+	}
 	return 1
 }
 
-// flags are those of the loads. usage is what stands above them in the help.
-func (o *options) flags(name string, stdout io.Writer, usage func(io.Writer)) *flag.FlagSet {
+// flags are those of the loads.
+func (o *options) flags(name string) *flag.FlagSet {
 	f := flag.NewFlagSet(name, flag.ContinueOnError)
-	f.SetOutput(io.Discard) // an error is printed where it is handled
-	f.Usage = func() {
-		usage(stdout)
-		fmt.Fprint(stdout, "\nFlags:\n")
-		f.SetOutput(stdout)
-		f.PrintDefaults()
-		f.SetOutput(io.Discard)
-	}
+	f.SetOutput(io.Discard) // help and errors are printed where they are handled
 	f.DurationVar(&o.duration, "duration", o.duration, "how long each load is measured, at most 10m")
 	f.DurationVar(&o.hold, "hold", o.hold, "how long idle connections are held before memory is read")
 	f.IntVar(&o.conns, "conns", o.conns, "idle connections, at most 200000")
@@ -90,9 +82,14 @@ func (o *options) flags(name string, stdout io.Writer, usage func(io.Writer)) *f
 	return f
 }
 
-// parse parses flags, and checks that the options are within their bounds.
-func (o *options) parse(f *flag.FlagSet, args []string) error {
+// parse parses flags, and checks that the options are within their bounds. usage
+// is what stands above the flags when help is asked for.
+func (o *options) parse(f *flag.FlagSet, args []string, stdout io.Writer, usage func(io.Writer)) error {
 	if err := f.Parse(args); errors.Is(err, flag.ErrHelp) {
+		usage(stdout)
+		fmt.Fprint(stdout, "\nFlags:\n")
+		f.SetOutput(stdout)
+		f.PrintDefaults()
 		return err
 	} else if err != nil {
 		return misuse{err}
@@ -108,6 +105,7 @@ func (o *options) parse(f *flag.FlagSet, args []string) error {
 		{"rate", int64(o.rate), 2, maxRate},
 		{"size", int64(o.size), minSize, maxSize},
 		{"bytes", o.bytes, 1, maxBytes},
+		{"rounds", int64(o.rounds), 1, maxRounds},
 	} {
 		if b.value < b.low || b.value > b.high {
 			return misuse{fmt.Errorf("-%s %d: want %d to %d", b.name, b.value, b.low, b.high)}
@@ -131,14 +129,14 @@ func loadsUsage(w io.Writer) {
 // runLoads puts load on a server that someone else has started.
 func runLoads(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	b := &bench{options: defaults()}
-	f := b.flags("bench", stdout, loadsUsage)
+	f := b.flags("bench")
 	url := f.String("url", "http://localhost:1234", "the server")
 	anywhere := f.Bool("anywhere", false, "allow a server on another machine, if it is yours")
 	pid := f.Int("pid", 0, "the server's process, if it is a Linux process of this machine; without, its CPU time and memory are taken from the metrics")
 	metrics := f.String("metrics", "", "where the server's metrics are, if not at /metrics of -url")
 	token := f.String("token", "", "JWT for minting and for opening rooms, where the server asks for one")
 	file := f.String("json", filepath.Join(os.TempDir(), "parley-bench.json"), "file to write all figures to")
-	if err := b.parse(f, args); err != nil {
+	if err := b.parse(f, args, stdout, loadsUsage); err != nil {
 		return err
 	}
 	chosen, err := chooseLoads(f.Args())
