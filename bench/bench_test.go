@@ -322,13 +322,13 @@ func TestCompare(t *testing.T) {
 }
 
 func TestComparisonFigures(t *testing.T) {
-	run := func(server, load string, cpu float64) oneRun {
-		return oneRun{Server: server, result: result{Load: load, ServerCPU: &cpu, Done: 1}}
+	run := func(round int, server, load string, cpu float64) oneRun {
+		return oneRun{Round: round, Server: server, result: result{Load: load, ServerCPU: &cpu, Done: 1}}
 	}
 	c := comparison{Runs: []oneRun{
-		run("yardstick", "relay", 4), run("yardstick", "relay", 90), run("yardstick", "relay", 5),
-		run("parley", "relay", 9), run("parley", "relay", 10), run("parley", "relay", 11),
-		run("yardstick", "pairing", 200), run("parley", "mint", 20),
+		run(1, "yardstick", "relay", 4), run(2, "yardstick", "relay", 40), run(3, "yardstick", "relay", 5),
+		run(1, "parley", "relay", 12), run(2, "parley", "relay", 80), run(3, "parley", "relay", 5),
+		run(1, "yardstick", "pairing", 200), run(1, "parley", "mint", 20),
 	}}
 	c.fill()
 	got := map[string]string{}
@@ -337,7 +337,7 @@ func TestComparisonFigures(t *testing.T) {
 			got[r.Load] = fmt.Sprintf("%v %v to %s", cell.Median, *cell.Ratio, r.Against)
 		}
 	}
-	if got["relay"] != "10 2 to relay" || got["mint"] != "20 0.1 to pairing" {
+	if got["relay"] != "12 2 to relay" || got["mint"] != "20 0.1 to pairing" {
 		t.Errorf("%v", got)
 	}
 }

@@ -96,8 +96,9 @@ type row struct {
 
 type cell struct {
 	Median float64   `json:"median"`
-	Ratio  *float64  `json:"ratio"` // to the yardstick
+	Ratio  *float64  `json:"ratio"` // to the yardstick, median of those of the rounds
 	Runs   []float64 `json:"runs"`
+	ratios []float64
 }
 
 // A oneRun is a load on one server in one round.
@@ -231,19 +232,19 @@ func (c *comparison) fill() {
 		if f.against != "" {
 			w.Against = f.against
 		}
+		base := map[int]float64{} // of the yardstick, by round
 		for _, r := range c.Runs {
-			if _, seen := w.Servers[r.Server]; !seen && r.Load == f.load {
-				if all := c.values(r.Server, f.load, f); len(all) > 0 {
-					w.Servers[r.Server] = &cell{Median: median(all), Runs: all}
-				}
+			if v := f.value(&r.result); v != nil && r.Server == "yardstick" && r.Load == w.Against {
+				base[r.Round] = *v
 			}
 		}
-		base := c.values("yardstick", w.Against, f)
-		for _, cell := range w.Servers {
-			if len(base) > 0 && median(base) > 0 {
-				ratio := cell.Median / median(base)
-				cell.Ratio = &ratio
+		for _, r := range c.Runs {
+			if v := f.value(&r.result); v != nil && r.Load == f.load {
+				w.add(r.Server, *v, base[r.Round])
 			}
+		}
+		for _, cell := range w.Servers {
+			cell.finish()
 		}
 		if len(w.Servers) > 0 {
 			c.Rows = append(c.Rows, w)
@@ -251,16 +252,26 @@ func (c *comparison) fill() {
 	}
 }
 
-// values are a figure of all rounds in which it is known.
-func (c *comparison) values(server, load string, f figure) (all []float64) {
-	for _, r := range c.Runs {
-		if r.Server == server && r.Load == load {
-			if v := f.value(&r.result); v != nil {
-				all = append(all, *v)
-			}
-		}
+// add adds what a server needed in one round, and the yardstick in the same.
+func (r *row) add(server string, value, yardstick float64) {
+	if r.Servers[server] == nil {
+		r.Servers[server] = new(cell)
 	}
-	return all
+	cell := r.Servers[server]
+	cell.Runs = append(cell.Runs, value)
+	if yardstick > 0 {
+		cell.ratios = append(cell.ratios, value/yardstick)
+	}
+}
+
+// finish takes the medians. That of the ratios is not the ratio of the medians:
+// one machine is busier in one round than in another, for all servers alike.
+func (c *cell) finish() {
+	c.Median = median(c.Runs)
+	if len(c.ratios) > 0 {
+		ratio := median(c.ratios)
+		c.Ratio = &ratio
+	}
 }
 
 // median returns the middle one, of an even number the lower of two.

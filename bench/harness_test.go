@@ -23,25 +23,28 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	go openedWorkshop() // while the tests run that need no server
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		if w, err := openedWorkshop(); err == nil {
-			w.close()
+		if shared.workshop != nil {
+			shared.close()
 		}
 		os.Exit(code)
 	}))
 }
 
-// openedWorkshop is the one workshop of all tests, which builds parley once.
-var openedWorkshop = sync.OnceValues(func() (*workshop, error) { return openWorkshop(context.Background()) })
+// shared is the one workshop of all tests, which builds parley once.
+var shared struct {
+	once sync.Once
+	*workshop
+	err error
+}
 
 func testWorkshop(t *testing.T) *workshop {
 	t.Helper()
-	w, err := openedWorkshop()
-	if err != nil {
-		t.Fatal(err)
+	shared.once.Do(func() { shared.workshop, shared.err = openWorkshop(context.Background()) })
+	if shared.err != nil {
+		t.Fatal(shared.err)
 	}
-	return w
+	return shared.workshop
 }
 
 // startParley starts the real server, and returns its address.

@@ -73,8 +73,8 @@ func run(file, dir string) error {
 func (c *curve) plot() (*plot.Plot, error) {
 	plot.DefaultFont.Variant = "Sans"
 	p := plot.New()
-	p.BackgroundColor = color.White // a page may be dark
-	p.X.Label.Text, p.Y.Label.Text = c.X, c.Y
+	p.BackgroundColor = color.White         // a page may be dark
+	p.X.Label.Text, p.Title.Text = c.X, c.Y // beside the axis there is not enough room
 	p.Add(plotter.NewGrid())
 
 	var medians, runs plotter.XYs
