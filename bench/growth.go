@@ -68,7 +68,7 @@ type point struct {
 	X      float64   `json:"x"`
 	Median float64   `json:"median_us"`
 	Runs   []float64 `json:"runs_us"`
-	P99    float64   `json:"p99_us"` // of the latency, median of the runs; in a closed loop it goes by the throughput
+	P99    float64   `json:"p99_us,omitempty"` // of the latency, median of the runs; in a closed loop it goes by the throughput
 }
 
 // A janitor is what a pass over all sessions, none of which has ended, costs,
