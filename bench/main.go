@@ -165,9 +165,10 @@ func runLoads(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		}
 		end := bar.begin(fmt.Sprintf("%s, %d of %d", l.name, i+1, len(chosen)))
 		r := b.run(l)
-		// A server without rooms is no failure, unless it is rooms that one asked for.
-		r.Skipped = r.Error == errRoomsOff.Error() && len(f.Args()) == 0
 		end()
+		if len(f.Args()) == 0 {
+			r.skipWhatIsOff()
+		}
 		rep.Results = append(rep.Results, r)
 	}
 	rep.writeTable(stdout)

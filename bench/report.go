@@ -60,6 +60,14 @@ func (r *result) fail(err error) {
 	}
 }
 
+// skipWhatIsOff makes no failure of a server without rooms, for when it is not
+// rooms that one asked for.
+func (r *result) skipWhatIsOff() {
+	if r.Error == errRoomsOff.Error() {
+		*r = result{Load: r.Load, Error: r.Error, Skipped: true}
+	}
+}
+
 // spent notes what n things took.
 func (r *result) spent(s *span, n uint64) {
 	took, cpu := s.used(n)
@@ -168,7 +176,9 @@ func (r *result) memory() string {
 
 // notes are what does not fit into the table.
 func (r *result) notes() (notes []string) {
-	if r.Error != "" {
+	if r.Skipped {
+		notes = append(notes, "skipped: "+r.Error)
+	} else if r.Error != "" {
 		notes = append(notes, r.Error)
 	}
 	if r.Wrong > 0 {
