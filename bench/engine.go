@@ -140,10 +140,12 @@ func (e *engine) watch(p *peer) {
 	}
 }
 
-// drop is for a peer whose connection has ended.
+// drop is for a peer whose connection has ended, or has to.
 func (e *engine) drop(p *peer) {
-	p.closed = true
-	closeSocket(p.socket)
+	if !p.closed {
+		p.closed = true
+		closeSocket(p.socket)
+	}
 }
 
 // read reads once: if there is more, the poller comes back to it.

@@ -322,7 +322,8 @@ func (b *bench) slow() (r result) {
 			r.Slow.CutAfter = &after
 		}
 	}
-	e.setFlood(flooding, false)
+	e.drop(flooding)
+	e.drop(deaf)
 	r.spent(s, h.n)
 	r.Latency = h.latency()
 	if r.MemoryPeak = peak(); r.MemoryPeak != nil && s.known {
