@@ -62,7 +62,7 @@ func startParley(t *testing.T, env ...string) *child {
 // and is waited for.
 func small() options {
 	o := defaults()
-	o.duration, o.hold, o.quiet = 100*time.Millisecond, 20*time.Millisecond, 5*time.Second
+	o.duration, o.hold, o.quiet = 200*time.Millisecond, 20*time.Millisecond, 5*time.Second
 	o.conns, o.pairs, o.bursting, o.workers, o.members = 20, 5, 2, 4, 3
 	o.rate, o.bytes, o.rounds = 500, 1<<20, 1
 	return o

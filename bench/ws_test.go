@@ -49,7 +49,7 @@ func TestUnmaskInParts(t *testing.T) {
 		want[len(want)-len(serverFrame(payload))] = 0x80 | opBinary
 	}
 	random := rand.New(rand.NewPCG(1, 2))
-	for range 200 {
+	for range 50 {
 		s, rest, got := new(side), wire, []byte(nil)
 		for len(rest) > 0 {
 			n := min(1+random.IntN(1<<random.IntN(16)), len(rest))
