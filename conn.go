@@ -424,7 +424,7 @@ func (c *conn) awaitRoom(n int) error {
 }
 
 // firstBuffer is the size of the buffer into which a message is read first.
-const firstBuffer = 1 << 10
+const firstBuffer = 1 << minClass
 
 // pause waits as long as held says, or too many answers are unread. held is
 // asked again whenever the gate opens. Time spent here is no silence.

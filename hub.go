@@ -271,13 +271,21 @@ func (f *frame) release() {
 	f.data = nil
 }
 
-// keep moves the data out of its pooled buffer, which is larger than needed,
-// because the frame may wait for long.
+// keep moves the data out of its pooled buffer, because the frame may wait for
+// long.
 func (f *frame) keep() {
 	if f.buf != nil {
 		data := append(make([]byte, 0, len(f.data)), f.data...)
 		f.release()
 		f.data = data
+	}
+}
+
+// trim moves the data out of its pooled buffer if that is far too large: the
+// frame waits with many others. Else a burst would allocate for each.
+func (f *frame) trim() {
+	if f.buf != nil && len(f.buf.b) > 2*len(f.data) {
+		f.keep()
 	}
 }
 

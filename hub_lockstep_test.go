@@ -82,7 +82,7 @@ func playLockstep(t *testing.T, room bool, script []lockStep) error {
 	for i := range sides {
 		side := new(lockSide)
 		o := hubOptions{
-			maxSessions: 1, sessionTTL: 10 * time.Minute, resumeTTL: time.Minute, roomEmptyTTL: 5 * time.Minute, holdBytes: 3000,
+			maxSessions: 1, sessionTTL: 10 * time.Minute, resumeTTL: time.Minute, roomEmptyTTL: 5 * time.Minute, holdBytes: 3000, slowBytes: 3000,
 			queued: &budget{limit: 20_000}, owners: newQuota(0),
 			dropped: func(r dropReason, n int) {
 				side.mu.Lock()

@@ -31,7 +31,8 @@ type hubOptions struct {
 	sessionTTL   time.Duration // how long mail outlives the last connection
 	resumeTTL    time.Duration // how long a claimed seat stays reserved
 	roomEmptyTTL time.Duration // how long a room outlives the last one in it
-	holdBytes    int           // what may wait for a connected seat before its sender is held back
+	holdBytes    int           // what may wait for a connected seat of a pair before its sender is held back
+	slowBytes    int           // what may wait for a connected member of a room before it is put out
 	queued       *budget
 	owners       *quota // rooms, and pairs that were created by joining them
 	dropped      func(dropReason, int)
@@ -103,7 +104,7 @@ type memorySlot struct {
 
 	ids *idLog // of the mail this claim has sent; nil before the first
 
-	queue      []frame // relay and presence frames
+	queue      frameQueue // relay and presence frames
 	queueBytes int
 	presence   int  // presence frames in queue
 	holding    bool // a sender waits for the queue to drain
@@ -297,7 +298,7 @@ func (s *memorySession) over(now time.Time) bool {
 		if slot.state() != absent {
 			return false
 		}
-		waiting = waiting || slot != nil && len(slot.queue)+len(slot.mail) > 0
+		waiting = waiting || slot != nil && slot.queue.len()+len(slot.mail) > 0
 	}
 	if waiting && now.Before(s.lastLeft.Add(s.hub.sessionTTL)) {
 		return false
@@ -345,14 +346,14 @@ func (sh *memoryShard) end(s *memorySession, why error) (out nudges) {
 
 // empty drops all that waits for a slot, which nobody will come back to.
 func (s *memorySlot) empty(h *memoryHub, why dropReason) {
-	if n := len(s.mail) + len(s.queue) - s.presence; n > 0 {
+	if n := len(s.mail) + s.queue.len() - s.presence; n > 0 {
 		h.dropped(why, n)
 	}
-	for i := range s.queue {
-		s.queue[i].release()
+	for i := range s.queue.waiting() {
+		s.queue.waiting()[i].release()
 	}
 	h.queued.add(-s.queueBytes - s.mailBytes)
-	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = nil, 0, 0, nil, 0
+	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = frameQueue{}, 0, 0, nil, 0
 }
 
 // seatIndex returns which of a pair's seats is called name, or -1.
@@ -530,7 +531,7 @@ func (s *memorySlot) announce(h *memoryHub, e event) nudge {
 }
 
 func (s *memorySlot) push(h *memoryHub, f frame) {
-	s.queue = append(s.queue, f)
+	s.queue.push(f)
 	s.queueBytes += f.size()
 	h.queued.add(f.size())
 }
@@ -545,21 +546,15 @@ func (s *memorySlot) dropPresence(h *memoryHub) {
 // filter keeps the queued frames that keep approves and returns how many it
 // removed.
 func (s *memorySlot) filter(h *memoryHub, keep func(*frame) bool) (removed int) {
-	kept := s.queue[:0]
-	for i := range s.queue {
-		f := &s.queue[i]
+	return s.queue.filter(func(f *frame) bool {
 		if keep(f) {
-			kept = append(kept, *f)
-			continue
+			return true
 		}
-		removed++
 		s.queueBytes -= f.size()
 		h.queued.add(-f.size())
 		f.release()
-	}
-	clear(s.queue[len(kept):])
-	s.queue = kept
-	return removed
+		return false
+	})
 }
 
 // check returns the error for a seat that is no longer held. The caller holds
@@ -673,7 +668,7 @@ func (m *memorySeat) post(slot *memorySlot, f frame) (r receipt, wake nudge, err
 func (m *memorySeat) relay(slot *memorySlot, f frame) error {
 	h := m.session.hub
 	if slot.holder == nil {
-		if len(slot.queue) > 0 && (len(slot.queue) >= waitItems || slot.queueBytes+f.size() > waitBytes) {
+		if slot.queue.len() > 0 && (slot.queue.len() >= waitItems || slot.queueBytes+f.size() > waitBytes) {
 			h.dropped(dropPeerAbsent, 1)
 			return errPeerAbsent
 		}
@@ -683,7 +678,7 @@ func (m *memorySeat) relay(slot *memorySlot, f frame) error {
 		}
 		f.keep()
 	} else if slot.queueBytes > longQueue {
-		f.keep()
+		f.trim()
 	}
 	slot.push(h, f)
 	return nil
@@ -735,6 +730,9 @@ func (s *memorySlot) overfull(by *memorySeat) bool {
 	}
 	h := by.session.hub
 	bound := h.holdBytes
+	if by.session.room != nil {
+		bound = h.slowBytes
+	}
 	if !h.queued.spare(0) { // the process has enough waiting: be less patient
 		bound = min(bound, longQueue)
 	}
@@ -769,8 +767,9 @@ func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame,
 		return !more
 	}
 	n, size := 0, 0
-	for n < len(slot.queue) && room(&slot.queue[n]) {
-		f := &slot.queue[n]
+	waiting := slot.queue.waiting()
+	for n < len(waiting) && room(&waiting[n]) {
+		f := &waiting[n]
 		if f.kind == kindPresence {
 			slot.presence--
 		}
@@ -778,7 +777,7 @@ func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame,
 		buf = append(buf, *f)
 		n++
 	}
-	slot.shift(n)
+	slot.queue.shift(n)
 	slot.queueBytes -= size
 	h.queued.add(-size)
 	if after != noMail && !more {
@@ -808,19 +807,6 @@ func (m *memorySeat) Held(context.Context) (bool, error) {
 		return false, err
 	}
 	return m.other().overfull(m), nil
-}
-
-// shift removes the first n frames of the queue.
-func (s *memorySlot) shift(n int) {
-	if n == len(s.queue) {
-		clear(s.queue)
-		if s.queue = s.queue[:0]; cap(s.queue) > 2*waitItems {
-			s.queue = nil // a burst is over
-		}
-		return
-	}
-	clear(s.queue[:n])
-	s.queue = s.queue[n:]
 }
 
 func (m *memorySeat) Ack(_ context.Context, upTo uint64) error {
@@ -890,8 +876,8 @@ func (m *memorySeat) Leave(_ context.Context, forGood bool) error {
 func (s *memorySlot) vacate(h *memoryHub) {
 	s.holder = nil
 	s.dropPresence(h)
-	for i := range s.queue {
-		s.queue[i].keep()
+	for i := range s.queue.waiting() {
+		s.queue.waiting()[i].keep()
 	}
 	s.holding = false
 }
@@ -950,7 +936,7 @@ func (s *memorySession) free(slot *memorySlot) (wake nudges) {
 // session whose code still lives is small.
 func (s *memorySession) forget(i int) {
 	slot := s.seats[i]
-	if slot != nil && slot.state() == absent && len(slot.queue) == 0 && slot.lastSeq == s.firstSeq() {
+	if slot != nil && slot.state() == absent && slot.queue.len() == 0 && slot.lastSeq == s.firstSeq() {
 		s.seats[i] = nil
 	}
 }

@@ -67,6 +67,7 @@ func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScript
 	constant("MAX_SESSIONS", int64(o.maxSessions))
 	constant("MAX_QUEUED", o.queued.limit)
 	constant("HOLD", int64(o.holdBytes))
+	constant("SLOW", int64(o.slowBytes))
 	constant("LONG_QUEUE", longQueue)
 	constant("WAIT_ITEMS", waitItems)
 	constant("WAIT_BYTES", waitBytes)

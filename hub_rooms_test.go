@@ -1468,7 +1468,7 @@ func testHubRoomQueuedBytes(h *hubTest) {
 // --- Slow readers.
 
 func testHubRoomSlow(h *hubTest) {
-	h.holdBytes = 1000
+	h.slowBytes = 1000
 	h.hubRoom()
 	all := h.hubRoomJoins("ann", "bob", "cat")
 	ann, bob, cat := all[0], all[1], all[2]
@@ -1520,7 +1520,7 @@ func testHubRoomSlow(h *hubTest) {
 
 // One put out is as any other who is away.
 func testHubRoomSlowAway(h *hubTest) {
-	h.holdBytes = 100
+	h.slowBytes = 100
 	h.hubRoom()
 	all := h.hubRoomJoins("ann", "bob", "cat")
 	ann, bob, cat := all[0], all[1], all[2]
@@ -1549,7 +1549,7 @@ func testHubRoomSlowAway(h *hubTest) {
 }
 
 func testHubRoomSlowLeft(h *hubTest) {
-	h.holdBytes = 100
+	h.slowBytes = 100
 	h.hubRoom()
 	all := h.hubRoomJoins("ann", "bob", "cat")
 	ann, bob, cat := all[0], all[1], all[2]
@@ -1621,7 +1621,7 @@ func testHubRoomCorked(h *hubTest) {
 }
 
 func testHubRoomCorkedSlow(h *hubTest) {
-	h.holdBytes = 100
+	h.slowBytes = 100
 	h.hubRoom()
 	all := h.hubRoomJoins("ann", "bob", "cat")
 	ann, bob, cat := all[0], all[1], all[2]
@@ -1759,7 +1759,7 @@ type hubRoomWaiting struct {
 }
 
 func hubRoomPlay(h *hubTest, script []hubRoomStep) error {
-	h.holdBytes, h.roomEmptyTTL = 2000, 24*time.Hour
+	h.slowBytes, h.roomEmptyTTL = 2000, 24*time.Hour
 	h.hubRoom(func(m *meta) { m.Expires = h.now().Add(48 * time.Hour) })
 	m := &hubRoomModel{hubTest: h}
 	var people [5]*hubRoomMember // nil, or a member, or once one
@@ -1974,7 +1974,7 @@ func (m *hubRoomModel) post(by, to *hubRoomMember, size int) {
 			continue
 		}
 		g.queue = append(g.queue, hubRoomWaiting{by.name + ": " + data, by.name, size})
-		if g.connected && bytes > m.holdBytes {
+		if g.connected && bytes > m.slowBytes {
 			slow = append(slow, g)
 		}
 	}

@@ -221,6 +221,7 @@ func newHubTest(t *testing.T, env hubEnv) *hubTest {
 
 		roomEmptyTTL: 5 * time.Minute,
 		holdBytes:    1 << 20,
+		slowBytes:    1 << 20,
 		queued:       &budget{limit: 256 << 20},
 		owners:       newQuota(0),
 		dropped: func(r dropReason, n int) {

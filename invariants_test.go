@@ -83,8 +83,9 @@ func (s *memorySession) invariants() (queued int, err error) {
 			fail("seat %s is reserved for nobody", slot.name)
 		}
 		bytes, presence := 0, 0
-		for j := range slot.queue {
-			f := &slot.queue[j]
+		waiting := slot.queue.waiting()
+		for j := range waiting {
+			f := &waiting[j]
 			bytes += f.size()
 			if f.kind == kindPresence {
 				presence++

@@ -165,7 +165,8 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		resumeTTL:   cfg.resumeTTL,
 
 		roomEmptyTTL: cfg.roomEmptyTTL,
-		holdBytes:    max(1<<20, 2*cfg.maxMessage),
+		holdBytes:    1 << 20,
+		slowBytes:    max(1<<20, 2*cfg.maxMessage),
 		queued:       queued,
 		owners:       l.codes,
 		dropped:      m.drop,

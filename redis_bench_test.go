@@ -15,7 +15,7 @@ import (
 // benchHub is a hub on a real Redis that runs until the benchmark ends.
 func benchHub(b *testing.B, addr string) *redisHub {
 	h := newRedisHub(hubOptions{
-		sessionTTL: 10 * time.Minute, resumeTTL: time.Minute, roomEmptyTTL: 5 * time.Minute, holdBytes: 2 << 20,
+		sessionTTL: 10 * time.Minute, resumeTTL: time.Minute, roomEmptyTTL: 5 * time.Minute, holdBytes: 1 << 20, slowBytes: 2 << 20,
 		queued: &budget{limit: 256 << 20}, owners: newQuota(0), dropped: func(dropReason, int) {},
 	}, newTestStore(b, redis.Options{Addr: addr}), 20*time.Second, redisClock)
 	b.Cleanup(startHub(h))

@@ -2,7 +2,7 @@
 -- and the reply. redis.go puts before it what the operator has configured, in
 -- microseconds and bytes:
 -- RESUME_TTL, SESSION_TTL, ROOM_EMPTY_TTL, LEASE, MAX_SESSIONS, MAX_QUEUED,
--- HOLD, LONG_QUEUE, WAIT_ITEMS, WAIT_BYTES, MAIL_ITEMS, MAIL_BYTES,
+-- HOLD, SLOW, LONG_QUEUE, WAIT_ITEMS, WAIT_BYTES, MAIL_ITEMS, MAIL_BYTES,
 -- MAX_PRESENCE, PRESENCE_SIZE, TAKEOVERS, TAKEOVER_WINDOW, MAX_GAPS, EPOCH_MS,
 -- and clock(), the microseconds since 1970.
 --
@@ -343,8 +343,8 @@ end
 local function overfull(s, name, by)
   local h = holder(s, name)
   if not h or h == by then return false end
-  local size, bound = num(s, name .. ':q'), HOLD
-  if size <= math.min(HOLD, LONG_QUEUE) then return false end
+  local size, bound = num(s, name .. ':q'), isRoom(s) and SLOW or HOLD
+  if size <= math.min(bound, LONG_QUEUE) then return false end
   if not spare(s, 0) then bound = math.min(bound, LONG_QUEUE) end
   if size <= bound then return false end
   if not get(s, name .. ':w') then set(s, name .. ':w', '1') end

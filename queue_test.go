@@ -1,0 +1,71 @@
+package main
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// A queue is what a slice is, whatever is pushed, shifted and filtered, and it
+// keeps hold of nothing that has left it.
+func TestFrameQueue(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	var q frameQueue
+	var want []uint64
+	next := uint64(0)
+	for range 20_000 {
+		switch n := len(want); {
+		case random.IntN(100) == 0:
+			keep := func(seq uint64) bool { return seq%3 != 0 }
+			removed := q.filter(func(f *frame) bool { return keep(f.seq) })
+			want = slices.DeleteFunc(want, func(seq uint64) bool { return !keep(seq) })
+			if removed != n-len(want) {
+				t.Fatalf("filter removed %d of %d, want %d", removed, n, n-len(want))
+			}
+		case random.IntN(3) == 0 && n > 0:
+			taken := random.IntN(n) + 1
+			q.shift(taken)
+			want = want[taken:]
+		default:
+			for range random.IntN(40) {
+				next++
+				q.push(frame{seq: next, data: []byte{1}})
+				want = append(want, next)
+			}
+		}
+		got := make([]uint64, 0, len(want))
+		for _, f := range q.waiting() {
+			got = append(got, f.seq)
+		}
+		if !slices.Equal(got, want) || q.len() != len(want) {
+			t.Fatalf("%d wait: %v, want %v", q.len(), got, want)
+		}
+		for i, f := range q.frames[:cap(q.frames)] {
+			if f.data != nil && (i < q.head || i >= len(q.frames)) {
+				t.Fatalf("frame %d has left and is still held", i)
+			}
+		}
+	}
+}
+
+// Once it has grown, a queue that is filled and drained allocates nothing, and a
+// long one that is drained is given up.
+func TestFrameQueueMemory(t *testing.T) {
+	var q frameQueue
+	for range waitItems {
+		q.push(frame{})
+	}
+	if n := testing.AllocsPerRun(1000, func() { q.shift(20); pushes(&q, 20) }); n != 0 {
+		t.Errorf("%v allocations for 20 frames that pass a queue of %d", n, waitItems)
+	}
+	pushes(&q, 10*waitItems)
+	if q.shift(q.len()); cap(q.frames) != 0 {
+		t.Errorf("an empty queue has room for %d", cap(q.frames))
+	}
+}
+
+func pushes(q *frameQueue, n int) {
+	for range n {
+		q.push(frame{})
+	}
+}
