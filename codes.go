@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"strconv"
 	"sync"
 	"time"
@@ -77,10 +76,12 @@ type codeOptions struct {
 	grown func(digits int)
 }
 
-// A codeTable is the codes of one process, in memory.
+// A codeTable is the codes of one process, in memory. What it keeps of a code
+// has no pointers, so that the garbage collector passes it by.
 type codeTable struct {
 	// static after construction
 	codeOptions
+	start time.Time // expiries are counted from it
 
 	mu sync.Mutex
 	// guarded by mu
@@ -103,7 +104,7 @@ type codeKey uint32
 
 type codeEntry struct {
 	session sessionID
-	expires time.Time
+	expires time.Duration // since start
 	used    bool
 }
 
@@ -112,6 +113,7 @@ var _ codes = (*codeTable)(nil)
 func newCodeTable(o codeOptions) *codeTable {
 	t := &codeTable{
 		codeOptions: o,
+		start:       time.Now(),
 		spaces:      make(map[int]*codeSpace),
 		entries:     make(map[codeKey]codeEntry),
 		current:     o.digits,
@@ -125,14 +127,14 @@ func newCodeTable(o codeOptions) *codeTable {
 }
 
 func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration) (string, time.Time, error) {
-	now := time.Now()
-	expires := now.Add(ttl)
+	now := time.Since(t.start)
+	expires := now + ttl
 	failures := t.failures()
 	t.mu.Lock()
 	t.reclaim(now)
 	space := t.space(failures)
 	if space == nil {
-		wait := t.byExpiry[0].expires.Sub(now)
+		wait := t.byExpiry[0].expires - now
 		t.mu.Unlock()
 		return "", time.Time{}, &exhaustedError{retryAfter: wait}
 	}
@@ -147,7 +149,7 @@ func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration
 	if grown {
 		t.grown(space.digits)
 	}
-	return fmt.Sprintf("%0*d", space.digits, n), expires, nil
+	return space.code(n), t.start.Add(expires), nil
 }
 
 // space returns the space to mint from: the first of which less than a
@@ -170,11 +172,9 @@ func (t *codeTable) space(failures int) *codeSpace {
 // draw returns a code of s that is not taken, each with the same chance. The
 // caller holds mu and knows that there is one.
 func (t *codeTable) draw(s *codeSpace) uint32 {
-	var random [4 * mintTries]byte
-	rand.Read(random[:]) // never fails
-	for i := range mintTries {
-		n, ok := uniform(binary.LittleEndian.Uint32(random[4*i:]), s.size)
-		if _, taken := t.entries[s.key(n)]; ok && !taken {
+	for range mintTries {
+		n := uniformRandom(s.size)
+		if _, taken := t.entries[s.key(n)]; !taken {
 			return n
 		}
 	}
@@ -210,7 +210,7 @@ func uniform(bits, size uint32) (n uint32, ok bool) {
 func uniformRandom(size uint32) uint32 {
 	for {
 		var b [4]byte
-		rand.Read(b[:])
+		rand.Read(b[:]) // never fails
 		if n, ok := uniform(binary.LittleEndian.Uint32(b[:]), size); ok {
 			return n
 		}
@@ -218,6 +218,9 @@ func uniformRandom(size uint32) uint32 {
 }
 
 func (s *codeSpace) key(n uint32) codeKey { return codeKey(s.size + n) }
+
+// code returns a code as people type it.
+func (s *codeSpace) code(n uint32) string { return strconv.Itoa(int(s.key(n)))[1:] }
 
 // count notes that the code n is taken (1) or free (-1).
 func (s *codeSpace) count(n uint32, change int) {
@@ -230,19 +233,19 @@ func (t *codeTable) Redeem(_ context.Context, code string) (sessionID, time.Time
 	if err != nil || !validCode(code) {
 		return sessionID{}, time.Time{}, errCodeGone
 	}
-	key, now := codeKey(n), time.Now()
+	key, now := codeKey(n), time.Since(t.start)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e, ok := t.entries[key]
 	switch {
-	case !ok || !now.Before(e.expires):
+	case !ok || now >= e.expires:
 		return sessionID{}, time.Time{}, errCodeGone
 	case e.used:
-		return e.session, e.expires, errCodeUsed
+		return e.session, t.start.Add(e.expires), errCodeUsed
 	}
 	e.used = true
 	t.entries[key] = e
-	return e.session, e.expires, nil
+	return e.session, t.start.Add(e.expires), nil
 }
 
 func (t *codeTable) Run(ctx context.Context) error {
@@ -254,16 +257,16 @@ func (t *codeTable) Run(ctx context.Context) error {
 func (t *codeTable) sweep() {
 	for more := true; more; {
 		t.mu.Lock()
-		more = t.reclaim(time.Now())
+		more = t.reclaim(time.Since(t.start))
 		t.mu.Unlock()
 	}
 }
 
-// reclaim frees a batch of expired codes and reports whether there may be more.
-// The caller holds mu.
-func (t *codeTable) reclaim(now time.Time) (more bool) {
+// reclaim frees a batch of the codes that have expired now, which is counted from
+// start, and reports whether there may be more. The caller holds mu.
+func (t *codeTable) reclaim(now time.Duration) (more bool) {
 	for range reclaimBatch {
-		if len(t.byExpiry) == 0 || now.Before(t.byExpiry[0].expires) {
+		if len(t.byExpiry) == 0 || now < t.byExpiry[0].expires {
 			return false
 		}
 		key := heap.Pop(&t.byExpiry).(codeExpiry).key
@@ -289,12 +292,12 @@ func (t *codeTable) stats() (active, digits int) {
 type codeQueue []codeExpiry
 
 type codeExpiry struct {
-	expires time.Time
+	expires time.Duration // since the table's start
 	key     codeKey
 }
 
 func (q codeQueue) Len() int           { return len(q) }
-func (q codeQueue) Less(i, j int) bool { return q[i].expires.Before(q[j].expires) }
+func (q codeQueue) Less(i, j int) bool { return q[i].expires < q[j].expires }
 func (q codeQueue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
 func (q *codeQueue) Push(x any)        { *q = append(*q, x.(codeExpiry)) }
 func (q *codeQueue) Pop() any {

@@ -33,8 +33,8 @@ func fillCodes(t *codeTable, digits, n int, expires time.Time) {
 	s := t.spaces[digits]
 	for i := range n {
 		code := uint32(uint64(i) * uint64(s.size) / uint64(n))
-		t.entries[s.key(code)] = codeEntry{expires: expires}
-		t.byExpiry.Push(codeExpiry{expires, s.key(code)}) // a heap, where all are equal
+		t.entries[s.key(code)] = codeEntry{expires: expires.Sub(t.start)}
+		t.byExpiry.Push(codeExpiry{expires.Sub(t.start), s.key(code)}) // a heap, where all are equal
 		s.count(code, 1)
 	}
 }
@@ -148,7 +148,7 @@ func TestCodesLeadingZeros(t *testing.T) {
 	testTable(t, 4, 6, func(t *testing.T, table *codeTable) {
 		for digits := 4; digits <= 6; digits++ {
 			s := table.spaces[digits]
-			expires := time.Now().Add(time.Minute)
+			expires := time.Since(table.start) + time.Minute
 			table.entries[s.key(42)] = codeEntry{session: sessionID{byte(digits)}, expires: expires}
 			table.byExpiry.Push(codeExpiry{expires, s.key(42)})
 			s.count(42, 1)

@@ -132,7 +132,7 @@ func (t *codeTable) invariants() error {
 		errs = append(errs, fmt.Errorf("%d codes, %d in the queue", len(t.entries), len(t.byExpiry)))
 	}
 	for i, e := range t.byExpiry {
-		if entry, ok := t.entries[e.key]; !ok || !entry.expires.Equal(e.expires) {
+		if entry, ok := t.entries[e.key]; !ok || entry.expires != e.expires {
 			errs = append(errs, fmt.Errorf("code %d is queued with another expiry, or gone", e.key))
 		}
 		if i > 0 && t.byExpiry.Less(i, (i-1)/2) {
