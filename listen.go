@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -196,24 +195,41 @@ type connectionGuard struct {
 	webSockets func() int // connections that http.Server has forgotten
 
 	mu sync.Mutex
-	// place by mu
-	waiting, asking *list.List // of net.Conn; the longest first
-	where           map[net.Conn]place
+	// guarded by mu
+	waiting, asking guardedConn // the heads of two rings, in which the longest is next
+	where           map[net.Conn]*guardedConn
 }
 
-// A place is where a connection is: in which list, and which element of it.
-type place struct {
-	list    *list.List
-	element *list.Element
+// A guardedConn is a connection in one of the guard's rings.
+type guardedConn struct {
+	net.Conn
+	prev, next *guardedConn
+}
+
+// before takes c out of its ring, if it is in one, and puts it before at.
+func (c *guardedConn) before(at *guardedConn) {
+	c.unlink()
+	c.prev, c.next = at.prev, at
+	c.prev.next, c.next.prev = c, c
+}
+
+func (c *guardedConn) unlink() {
+	if c.next != nil {
+		c.prev.next, c.next.prev = c.next, c.prev
+		c.prev, c.next = nil, nil
+	}
 }
 
 // newConnectionGuard returns a guard that leaves some of the process's open
 // files to other things than connections.
 func newConnectionGuard(openFiles int, webSockets func() int) *connectionGuard {
-	return &connectionGuard{
-		max: openFiles / 20 * 19, webSockets: webSockets,
-		waiting: list.New(), asking: list.New(), where: make(map[net.Conn]place),
+	g := &connectionGuard{
+		max: openFiles / 20 * 19, webSockets: webSockets, where: make(map[net.Conn]*guardedConn),
 	}
+	for _, head := range []*guardedConn{&g.waiting, &g.asking} {
+		head.prev, head.next = head, head
+	}
+	return g
 }
 
 func (g *connectionGuard) track(c net.Conn, state http.ConnState) {
@@ -226,17 +242,30 @@ func (g *connectionGuard) track(c net.Conn, state http.ConnState) {
 func (g *connectionGuard) note(c net.Conn, state http.ConnState) (evict net.Conn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.remove(c)
+	at := g.where[c]
 	switch state {
 	case http.StateNew:
 		evict = g.makeRoom()
-		g.put(c, g.waiting)
-	case http.StateIdle:
-		g.put(c, g.waiting)
-	case http.StateActive:
-		g.put(c, g.asking)
+		at = &guardedConn{Conn: c}
+		g.where[c] = at
+		at.before(&g.waiting)
+	case http.StateIdle, http.StateActive:
+		if at == nil { // evicted a moment ago
+			return nil
+		}
+		at.before(g.ring(state))
+	default:
+		g.remove(at)
 	}
 	return evict
+}
+
+// ring returns the head of those in a state.
+func (g *connectionGuard) ring(state http.ConnState) *guardedConn {
+	if state == http.StateIdle {
+		return &g.waiting
+	}
+	return &g.asking
 }
 
 // makeRoom returns the connection to close for a new one, if any.
@@ -244,21 +273,19 @@ func (g *connectionGuard) makeRoom() (evict net.Conn) {
 	if g.max == 0 || len(g.where)+g.webSockets() < g.max {
 		return nil
 	}
-	for _, l := range []*list.List{g.waiting, g.asking} {
-		if longest := l.Front(); longest != nil {
-			evict = longest.Value.(net.Conn)
-			g.remove(evict)
-			return evict
+	for _, head := range []*guardedConn{&g.waiting, &g.asking} {
+		if longest := head.next; longest != head {
+			g.remove(longest)
+			return longest.Conn
 		}
 	}
 	return nil
 }
 
-func (g *connectionGuard) put(c net.Conn, l *list.List) { g.where[c] = place{l, l.PushBack(c)} }
-
-func (g *connectionGuard) remove(c net.Conn) {
-	if at, ok := g.where[c]; ok {
-		at.list.Remove(at.element)
-		delete(g.where, c)
+// remove forgets a connection, or nil.
+func (g *connectionGuard) remove(c *guardedConn) {
+	if c != nil {
+		c.unlink()
+		delete(g.where, c.Conn)
 	}
 }
