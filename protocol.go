@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -318,8 +319,8 @@ func (m *rawMembers) member(name []byte) *[]byte {
 	return nil
 }
 
-// A frameDecoder decodes clients' frames. It exists to be pooled: decoding
-// allocates nothing but unescaped names.
+// A frameDecoder decodes clients' frames, and the bodies of API calls. It exists
+// to be pooled: decoding a frame allocates nothing but unescaped names.
 type frameDecoder struct {
 	input bytes.Buffer
 	json  *jsontext.Decoder
@@ -348,26 +349,18 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 	if !utf8.Valid(data) {
 		return m, errBadUTF8
 	}
-	d.input = *bytes.NewBuffer(data)
-	d.json.Reset(&d.input, frameOptions...)
-	defer func() { d.input = bytes.Buffer{} }() // do not keep the frame alive
-
-	if d.json.PeekKind() != '{' {
-		return m, badFrame("the frame is not a JSON object")
-	}
-	if _, err := d.json.ReadToken(); err != nil {
-		return m, badJSON(err)
-	}
-	for d.json.PeekKind() == '"' {
-		if err := d.decodeMember(data, &m.raw); err != nil {
-			return message{}, err
+	err := d.members(data, func(name, value []byte) error {
+		at := m.raw.member(name)
+		if at == &m.raw.typ && m.raw.typ != nil {
+			return badFrame(`the frame has more than one "type"`)
 		}
-	}
-	if _, err := d.json.ReadToken(); err != nil {
-		return message{}, badJSON(err)
-	}
-	if rest := bytes.TrimLeft(data[d.json.InputOffset():], " \t\r\n"); len(rest) > 0 {
-		return message{}, badFrame("the frame goes on after its JSON object")
+		if at != nil {
+			*at = value
+		}
+		return nil
+	})
+	if err != nil {
+		return message{}, err
 	}
 	if nestedDeeper(data, maxNesting) {
 		return message{}, badFrame("the frame is nested more than %d deep", maxNesting)
@@ -385,32 +378,71 @@ func (d *frameDecoder) decode(data []byte) (message, error) {
 	return m, nil
 }
 
-// decodeMember reads one top-level name and value. Of a name that is there more
-// than once the last value counts, as for JavaScript; only a second type would
-// leave open what the frame is.
-func (d *frameDecoder) decodeMember(data []byte, raw *rawMembers) error {
-	quoted, err := d.json.ReadValue()
-	if err != nil {
+// members checks that data is one JSON object and calls found with each of its
+// names, and the value's JSON text, which is a part of data. Of a name that is
+// there more than once the last value should count, as for JavaScript.
+func (d *frameDecoder) members(data []byte, found func(name, value []byte) error) error {
+	d.input = *bytes.NewBuffer(data)
+	d.json.Reset(&d.input, frameOptions...)
+	defer func() { d.input = bytes.Buffer{} }() // do not keep the frame alive
+
+	if d.json.PeekKind() != '{' {
+		return badFrame("the frame is not a JSON object")
+	}
+	if _, err := d.json.ReadToken(); err != nil {
 		return badJSON(err)
 	}
-	name, _ := unquote(quoted)
-	known := raw.member(name)
-	if known == nil {
-		if err := d.json.SkipValue(); err != nil {
+	for d.json.PeekKind() == '"' {
+		quoted, err := d.json.ReadValue()
+		if err != nil {
 			return badJSON(err)
 		}
-		return nil
+		name, _ := unquote(quoted)
+		value, err := d.json.ReadValue()
+		if err != nil {
+			return badJSON(err)
+		}
+		end := int(d.json.InputOffset())
+		if err := found(name, data[end-len(value):end]); err != nil {
+			return err
+		}
 	}
-	if known == &raw.typ && raw.typ != nil {
-		return badFrame(`the frame has more than one "type"`)
-	}
-	value, err := d.json.ReadValue()
-	if err != nil {
+	if _, err := d.json.ReadToken(); err != nil {
 		return badJSON(err)
 	}
-	end := int(d.json.InputOffset())
-	*known = data[end-len(value) : end]
+	if rest := bytes.TrimLeft(data[d.json.InputOffset():], " \t\r\n"); len(rest) > 0 {
+		return badFrame("the frame goes on after its JSON object")
+	}
 	return nil
+}
+
+// An object is the JSON object in an API call's body.
+type object []objectMember
+
+type objectMember struct {
+	name  string
+	value []byte // its JSON text
+}
+
+// get returns the JSON text of the value called name, or nil.
+func (o object) get(name string) []byte {
+	for _, m := range slices.Backward(o) {
+		if m.name == name {
+			return m.value
+		}
+	}
+	return nil
+}
+
+// decodeObject returns the members of the JSON object in data, which they are
+// parts of.
+func (d *frameDecoder) decodeObject(data []byte) (object, error) {
+	o := make(object, 0, 1)
+	err := d.members(data, func(name, value []byte) error {
+		o = append(o, objectMember{string(name), value})
+		return nil
+	})
+	return o, err
 }
 
 func badJSON(err error) *frameError {

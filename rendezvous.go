@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"mime"
 	"net/http"
@@ -20,7 +19,7 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) erro
 			return err
 		}
 	}
-	object, err := readObject(w, r)
+	object, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}
@@ -65,9 +64,9 @@ func (s *server) mint(ctx context.Context, ttl time.Duration) (id sessionID, cod
 
 // readTTL reads how long the caller wants a code or a room to live, at most
 // longest, which is also the default.
-func readTTL(object map[string]json.RawMessage, longest time.Duration) (time.Duration, error) {
-	raw, ok := object["ttl"]
-	if !ok || string(raw) == "null" {
+func readTTL(o object, longest time.Duration) (time.Duration, error) {
+	raw := o.get("ttl")
+	if raw == nil || string(raw) == "null" {
 		return longest, nil
 	}
 	// Of JSON values only numbers parse; one too large for a float is infinite.
@@ -83,7 +82,7 @@ func readTTL(object map[string]json.RawMessage, longest time.Duration) (time.Dur
 
 // redeemCode is POST /rendezvous/redeem.
 func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) error {
-	code, err := redeemRequest(w, r)
+	code, err := s.redeemRequest(w, r)
 	if err != nil {
 		s.metrics.redeems[redeemBad].Inc()
 		return err
@@ -135,19 +134,20 @@ func (s *server) beginGuess(ctx context.Context, c caller, guess string) (done f
 }
 
 // redeemRequest reads the code that a caller wants to redeem.
-func redeemRequest(w http.ResponseWriter, r *http.Request) (code string, err error) {
+func (s *server) redeemRequest(w http.ResponseWriter, r *http.Request) (code string, err error) {
 	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || mediaType != "application/json" && !strings.HasSuffix(mediaType, "+json") {
 		return "", &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_media_type", text: "the Content-Type must be application/json"}
 	}
-	object, err := readObject(w, r)
+	object, err := s.readObject(w, r)
 	if err != nil {
 		return "", err
 	}
 	if object == nil {
 		return "", badRequest("bad_json", "the body must be a JSON object")
 	}
-	if err := json.Unmarshal(object["code"], &code); err != nil || !validCode(code) {
+	text, ok := unquote(object.get("code"))
+	if code = string(text); !ok || !validCode(code) {
 		return "", badRequest("bad_code", "code must be a string of 4 to 9 digits")
 	}
 	return code, nil

@@ -79,7 +79,7 @@ func (s *server) createRoom(w http.ResponseWriter, r *http.Request, c caller) er
 		token = newSecret()
 		room.Token = sha256.Sum256([]byte(token))
 	}
-	object, err := readObject(w, r)
+	object, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}
@@ -121,15 +121,15 @@ func (s *server) openRoom(ctx context.Context, room roomMeta, ttl time.Duration)
 }
 
 // readChange reads what a caller wants of a room, to open or to change it.
-func (s *server) readChange(ctx context.Context, object map[string]json.RawMessage) (c change, err error) {
-	if err := readField(object, "maxPlayers", &c.Max); err != nil || c.Max != nil && (*c.Max < minPlayers || *c.Max > maxPlayers) {
+func (s *server) readChange(ctx context.Context, o object) (c change, err error) {
+	if err := readField(o, "maxPlayers", &c.Max); err != nil || c.Max != nil && (*c.Max < minPlayers || *c.Max > maxPlayers) {
 		return c, badRequest("bad_max_players", fmt.Sprintf("maxPlayers must be a whole number from %d to %d", minPlayers, maxPlayers))
 	}
-	if err := readField(object, "locked", &c.Locked); err != nil {
+	if err := readField(o, "locked", &c.Locked); err != nil {
 		return c, badRequest("bad_locked", "locked must be true or false")
 	}
 	var password *string
-	if err := readField(object, "password", &password); err != nil || password != nil && len(*password) > maxPassword {
+	if err := readField(o, "password", &password); err != nil || password != nil && len(*password) > maxPassword {
 		return c, badRequest("bad_password", fmt.Sprintf("password must be a string of at most %d bytes", maxPassword))
 	}
 	if password != nil {
@@ -142,9 +142,9 @@ func (s *server) readChange(ctx context.Context, object map[string]json.RawMessa
 }
 
 // readField reads one field of a request; absent and null leave v nil.
-func readField[T any](object map[string]json.RawMessage, name string, v **T) error {
-	raw, ok := object[name]
-	if !ok {
+func readField[T any](o object, name string, v **T) error {
+	raw := o.get(name)
+	if raw == nil {
 		return nil
 	}
 	return json.Unmarshal(raw, v)
@@ -219,7 +219,7 @@ func (s *server) changeRoom(w http.ResponseWriter, r *http.Request, c caller) er
 	if err != nil {
 		return err
 	}
-	object, err := readObject(w, r)
+	object, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}

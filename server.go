@@ -24,18 +24,19 @@ import (
 // A server answers HTTP and WebSocket requests with a hub and a code table.
 type server struct {
 	// static after construction
-	cfg      *config
-	log      *slog.Logger
-	hub      hub
-	backend  backend // nil while all is in this process
-	codes    codes
-	metrics  *metrics
-	decoders *sync.Pool // of *frameDecoder
-	version  versionInfo
-	callers  *callerPolicy
-	cors     *cors.Cors
-	limits   limits
-	ice      *iceDirectory
+	cfg        *config
+	log        *slog.Logger
+	hub        hub
+	backend    backend // nil while all is in this process
+	codes      codes
+	metrics    *metrics
+	decoders   *sync.Pool // of *frameDecoder
+	version    versionInfo
+	callers    *callerPolicy
+	cors       *cors.Cors
+	jsonHeader http.Header // of every answer in JSON
+	limits     limits
+	ice        *iceDirectory
 	// verifier is nil where nothing asks for tokens.
 	verifier   verifier
 	passwords  *passwords
@@ -50,11 +51,12 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 	verifier, keys := newVerifier(cfg, log)
 	s := &server{
 		cfg: cfg, log: log, hub: h, codes: c, metrics: m,
-		decoders: newFrameDecoderPool(),
-		version:  buildVersion(),
-		callers:  newCallerPolicy(cfg, log, m.untrusted),
-		limits:   l,
-		ice:      newICEDirectory(cfg, m),
+		decoders:   newFrameDecoderPool(),
+		version:    buildVersion(),
+		callers:    newCallerPolicy(cfg, log, m.untrusted),
+		limits:     l,
+		jsonHeader: http.Header{"Content-Type": {"application/json"}, "Cache-Control": {"no-store"}},
+		ice:        newICEDirectory(cfg, m),
 
 		verifier:   verifier,
 		passwords:  newPasswords(),
@@ -318,18 +320,18 @@ func (s *server) writeError(w http.ResponseWriter, err error) {
 }
 
 func (s *server) writeJSON(w http.ResponseWriter, status int, v any) {
-	body := mustMarshal(v)
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Cache-Control", "no-store")
-	h.Set("Content-Length", strconv.Itoa(len(body)+1))
+	maps.Copy(w.Header(), s.jsonHeader)
 	w.WriteHeader(status)
-	w.Write(append(body, '\n'))
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		s.log.Debug("answer not written", "error", err)
+	}
 }
 
-// readObject reads a request's body as a JSON object; keys that nobody asks
-// for are ignored. An empty body is nil.
-func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMessage, error) {
+// readObject reads a request's body as a JSON object. An empty body is nil.
+func (s *server) readObject(w http.ResponseWriter, r *http.Request) (object, error) {
+	if r.ContentLength == 0 {
+		return nil, nil
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
 		return nil, &apiError{status: http.StatusRequestEntityTooLarge, code: "too_large", text: "the body is larger than 4 KiB"}
@@ -339,11 +341,13 @@ func readObject(w http.ResponseWriter, r *http.Request) (map[string]json.RawMess
 	if len(body) == 0 {
 		return nil, nil
 	}
-	var object map[string]json.RawMessage
-	if err := json.Unmarshal(body, &object); err != nil || object == nil {
+	d := s.decoders.Get().(*frameDecoder)
+	defer s.decoders.Put(d)
+	o, err := d.decodeObject(body)
+	if err != nil {
 		return nil, badRequest("bad_json", "the body must be a JSON object")
 	}
-	return object, nil
+	return o, nil
 }
 
 // healthz answers as long as the process lives.
