@@ -32,6 +32,32 @@ func TestAllocsRelay(t *testing.T) {
 	}
 }
 
+// TestAllocsHotFunctions fails when a hot function allocates more often than it
+// does today. Who makes one allocate less, lowers its number here.
+func TestAllocsHotFunctions(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // it empties pools
+	for name, hot := range map[string]struct {
+		bench  func(*testing.B)
+		allocs int64 // per operation
+	}{
+		"decode a frame":                     {BenchmarkDecodeFrame, 0},
+		"relay a frame":                      {BenchmarkRelay, 0},
+		"relay two frames, sockets included": {BenchmarkWire, 0},
+		"store, deliver and acknowledge":     {BenchmarkMail, 2},
+		"pass a frame on in a room of 4":     {func(b *testing.B) { benchRoom(b, 4) }, 2},
+		"mint and redeem over HTTP":          {BenchmarkCalls, 20},
+		"identify and count a caller":        {BenchmarkCaller, 3},
+		// Most of these are net/http's; the client's are among them.
+		"connect, take a seat and leave": {BenchmarkJoin, 175},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := testing.Benchmark(hot.bench).AllocsPerOp(); got > hot.allocs {
+				t.Errorf("%d allocations each time, were at most %d", got, hot.allocs)
+			}
+		})
+	}
+}
+
 // TestAllocsBuffers runs the contract suite with buffers that are counted:
 // whatever happens to a frame, its buffer is given back once, and not used
 // afterwards.

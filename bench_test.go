@@ -1,12 +1,22 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,7 +32,7 @@ func TestWithoutRace(t *testing.T) {
 	if withoutRace {
 		return // they are part of this one
 	}
-	run := exec.CommandContext(t.Context(), "go", "test", "-race=false", "-vet=off", "-count=1", "-run", "^TestAllocs", ".")
+	run := exec.CommandContext(t.Context(), "go", "test", "-race=false", "-vet=off", "-count=1", "-run", "^TestAllocs", "-benchtime", "2000x", ".")
 	out, err := run.CombinedOutput()
 	if err != nil || strings.Contains(string(out), "no tests to run") {
 		t.Errorf("%v\n%s", err, out)
@@ -112,6 +122,229 @@ func BenchmarkRelay(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		r.one(true)
+	}
+}
+
+// BenchmarkWire is a frame through the kernel from one client to the other, and
+// one back, in 64 sessions at once; the clients are a part of what it costs.
+func BenchmarkWire(b *testing.B) {
+	_, base := newSocketServer(b, "LOG_LEVEL=error")
+	frame, size := masked(finText, string(iceFrame)), len(appendText(nil, iceFrame))
+	var pairs [64]struct{ left, right *rawClient }
+	for i := range pairs {
+		pairs[i].left, pairs[i].right = socketPair(b, base, uuid.NewString(), nil)
+	}
+	var next atomic.Int32
+	b.ReportAllocs()
+	b.SetParallelism(len(pairs) / runtime.GOMAXPROCS(0))
+	b.ResetTimer()
+	before := processorTime(b)
+	b.RunParallel(func(p *testing.PB) {
+		pair := pairs[next.Add(1)-1]
+		buf := make([]byte, size)
+		pass := func(from, to *rawClient) error {
+			if _, err := from.conn.Write(frame); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(to.br, buf)
+			return err
+		}
+		for p.Next() {
+			if err := errors.Join(pass(pair.left, pair.right), pass(pair.right, pair.left)); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64(processorTime(b)-before)/float64(b.N), "cpu-ns/op")
+}
+
+// processorTime is what this process has used.
+func processorTime(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// BenchmarkJoin is a client's whole visit: connect, upgrade, take a seat, leave.
+// The client's own part is in it.
+func BenchmarkJoin(b *testing.B) {
+	_, base := newSocketServer(b, "LOG_LEVEL=error")
+	addr := strings.TrimPrefix(base, "http://")
+	hello := []byte("GET /ws?appID=" + uuid.NewString() + "&side=A HTTP/1.1\r\nHost: " + addr +
+		"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+	bye := masked(0x80|opClose, "\x03\xe8")
+	buf := make([]byte, 4096)
+	b.ReportAllocs()
+	for b.Loop() {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		conn.Write(hello)
+		if n, err := conn.Read(buf); !bytes.HasPrefix(buf[:n], []byte("HTTP/1.1 101")) {
+			b.Fatal(string(buf[:n]), err)
+		}
+		conn.Write(bye)
+		if _, err := io.Copy(io.Discard, conn); err != nil {
+			b.Fatal(err)
+		}
+		conn.Close()
+	}
+}
+
+// BenchmarkMail is one message from a mailbox's entrance to its acknowledgement.
+func BenchmarkMail(b *testing.B) {
+	r := newRelay(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		buf := r.buffers.get(len(iceFrame))
+		data := buf.b[:copy(buf.b, iceFrame)]
+		receipt, err := r.a.Post(ctx, "B", frame{kind: kindMail, data: data, buf: buf}, false)
+		if err != nil {
+			b.Fatal(err)
+		}
+		taken, _, err := r.b.Take(ctx, receipt.seq-1, 64<<10, r.taken)
+		if err != nil || len(taken) != 1 {
+			b.Fatal(len(taken), err)
+		}
+		if err := r.b.Ack(ctx, receipt.seq); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkRoom is a frame of one member to all others of a room.
+func BenchmarkRoom(b *testing.B) {
+	for _, members := range []int{2, 4, 16} {
+		b.Run(fmt.Sprint(members), func(b *testing.B) { benchRoom(b, members) })
+	}
+}
+
+func benchRoom(b *testing.B, members int) {
+	h := newMemoryHub(hubOptions{
+		resumeTTL: time.Minute, roomEmptyTTL: time.Minute, holdBytes: 1 << 20, slowBytes: 1 << 20,
+		queued: new(budget), owners: newQuota(0), dropped: func(dropReason, int) {},
+	})
+	m := meta{ID: uuid.New(), Expires: time.Now().Add(time.Hour), Room: &roomMeta{Code: "ABC234", Max: members}}
+	if err := h.Open(ctx, m); err != nil {
+		b.Fatal(err)
+	}
+	seats := make([]seat, members)
+	buf := make([]frame, 0, 64)
+	takeAll := func() {
+		for _, s := range seats[1:] {
+			taken, _, err := s.Take(ctx, noMail, 64<<10, buf)
+			if err != nil || len(taken) == 0 {
+				b.Fatal(len(taken), err)
+			}
+			for i := range taken {
+				taken[i].release()
+			}
+		}
+	}
+	for i := range seats {
+		var err error
+		r := joinRequest{room: true, name: uuid.NewString(), displayName: "x", claim: claim{byte(i + 1)}}
+		if seats[i], _, err = h.Join(ctx, m.ID, r, func(error) {}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for i := range seats { // each saw the later ones come
+		if _, _, err := seats[i].Take(ctx, noMail, 64<<10, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := seats[0].Post(ctx, "", frame{typ: typeOffer, data: iceFrame}, false); err != nil {
+			b.Fatal(err)
+		}
+		takeAll()
+	}
+}
+
+// BenchmarkCaller is what finding out who calls costs, and counting it.
+func BenchmarkCaller(b *testing.B) {
+	cfg, err := loadConfig(nil, lookupIn([]string{"DEV=false", "TRUSTED_PROXIES=10.0.0.0/8", "HTTP_RATE_PER_MIN=1000000000"}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	callers, l := newCallerPolicy(cfg, slog.New(slog.DiscardHandler), newMetrics().untrusted), newLimits(cfg)
+	r := httptest.NewRequest("POST", "/rendezvous/redeem", nil)
+	r.RemoteAddr = "10.0.0.1:1234"
+	r.Header.Set("X-Forwarded-For", "203.0.113.77")
+	b.ReportAllocs()
+	for b.Loop() {
+		c := callers.identify(r)
+		if ok, _ := l.http.allow(c.network); !ok {
+			b.Fatal("not allowed")
+		}
+		done, _ := l.guesses.begin(ctx, c.network, "2802")
+		done(false)
+	}
+}
+
+// newBenchHandler returns the routes of a server that is not otherwise running.
+func newBenchHandler(b testing.TB) http.Handler {
+	cfg, err := loadConfig(nil, lookupIn([]string{"CODE_DIGITS=8", "MAX_SESSIONS=0"}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	return newParley(cfg, slog.New(slog.DiscardHandler)).handler()
+}
+
+// A call is a request that is made again and again, and its answer. Making it
+// allocates nothing that net/http would not.
+type call struct {
+	handler http.Handler
+	request *http.Request
+	body    *bytes.Reader
+	header  http.Header
+	status  int
+	answer  bytes.Buffer
+}
+
+func newCall(h http.Handler, path string) *call {
+	c := &call{handler: h, body: new(bytes.Reader), header: make(http.Header)}
+	c.request = httptest.NewRequest("POST", path, http.NoBody)
+	c.request.Header.Set("Content-Type", "application/json")
+	c.request.Header.Set("User-Agent", "bench")
+	return c
+}
+
+func (c *call) Header() http.Header         { return c.header }
+func (c *call) WriteHeader(status int)      { c.status = status }
+func (c *call) Write(p []byte) (int, error) { return c.answer.Write(p) }
+
+func (c *call) make(b *testing.B, body []byte) []byte {
+	clear(c.header)
+	c.answer.Reset()
+	if c.request.Body = http.NoBody; body != nil {
+		c.body.Reset(body)
+		c.request.Body = io.NopCloser(c.body)
+	}
+	c.request.ContentLength = int64(len(body))
+	c.handler.ServeHTTP(c, c.request)
+	if c.status != http.StatusOK {
+		b.Fatal(c.status, c.answer.String())
+	}
+	return c.answer.Bytes()
+}
+
+// BenchmarkCalls is what POST /rendezvous/code and /rendezvous/redeem, one after
+// the other, cost besides HTTP itself.
+func BenchmarkCalls(b *testing.B) {
+	handler := newBenchHandler(b)
+	mint, redeem := newCall(handler, "/rendezvous/code"), newCall(handler, "/rendezvous/redeem")
+	body := []byte(`{"code":"00000000"}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		_, code, _ := bytes.Cut(mint.make(b, nil), []byte(`"code":"`))
+		copy(body[len(`{"code":"`):], code[:8])
+		redeem.make(b, body)
 	}
 }
 

@@ -63,6 +63,8 @@ const (
 	// mintTries are random draws before a free code is looked for by counting:
 	// at nine tenths taken, all of them fail once in thirty times.
 	mintTries = 32
+	// mintDraws are those for which random bytes are read together.
+	mintDraws = 4
 	// reclaimBatch bounds how many expired codes one hold of the lock removes.
 	reclaimBatch = 256
 )
@@ -172,10 +174,14 @@ func (t *codeTable) space(failures int) *codeSpace {
 // draw returns a code of s that is not taken, each with the same chance. The
 // caller holds mu and knows that there is one.
 func (t *codeTable) draw(s *codeSpace) uint32 {
-	for range mintTries {
-		n := uniformRandom(s.size)
-		if _, taken := t.entries[s.key(n)]; !taken {
-			return n
+	var random [4 * mintDraws]byte
+	for range mintTries / mintDraws {
+		rand.Read(random[:]) // never fails
+		for i := range mintDraws {
+			n, ok := uniform(binary.LittleEndian.Uint32(random[4*i:]), s.size)
+			if _, taken := t.entries[s.key(n)]; ok && !taken {
+				return n
+			}
 		}
 	}
 	return t.pick(s, uniformRandom(s.size-s.taken))
