@@ -306,15 +306,22 @@ func readDoc(t testing.TB, file string) string {
 	return string(text)
 }
 
-// docTable returns the cells of a table in a document, without its head; it
-// stands between the comments "name: begin" and "name: end".
-func docTable(t testing.TB, file, name string) (rows [][]string) {
+// docPart returns what stands in a document between the comments "name: begin"
+// and "name: end".
+func docPart(t testing.TB, file, name string) string {
 	t.Helper()
 	_, rest, hasBegin := strings.Cut(readDoc(t, file), "<!-- "+name+": begin -->")
-	table, _, hasEnd := strings.Cut(rest, "<!-- "+name+": end -->")
+	part, _, hasEnd := strings.Cut(rest, "<!-- "+name+": end -->")
 	if !hasBegin || !hasEnd {
-		t.Fatalf("%s has no table %q between comments", file, name)
+		t.Fatalf("%s has no comments \"%s: begin\" and \"%[2]s: end\"", file, name)
 	}
+	return part
+}
+
+// docTable returns the cells of the table in such a part, without its head.
+func docTable(t testing.TB, file, name string) (rows [][]string) {
+	t.Helper()
+	table := docPart(t, file, name)
 	for line := range strings.Lines(strings.TrimSpace(table)) {
 		line = strings.ReplaceAll(strings.TrimSpace(line), `\|`, "\x00")
 		cells := strings.Split(strings.Trim(line, "|"), "|")

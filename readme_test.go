@@ -2,32 +2,37 @@ package main
 
 import (
 	"flag"
+	"maps"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
 
 var updateReadme = flag.Bool("update", false, "rewrite the README's table of options")
 
+const readme = "README.md"
+
 // The README's table of options is the code's: `go test -run TestReadme -update .`
 // makes it so.
 func TestReadmeConfigTable(t *testing.T) {
-	const file, begin, end = "README.md", "<!-- config table: begin -->\n", "<!-- config table: end -->"
-	readme, err := os.ReadFile(file)
+	const begin, end = "<!-- config table: begin -->\n", "<!-- config table: end -->"
+	text, err := os.ReadFile(readme)
 	if err != nil {
 		t.Fatal(err)
 	}
-	before, rest, hasBegin := strings.Cut(string(readme), begin)
+	before, rest, hasBegin := strings.Cut(string(text), begin)
 	table, after, hasEnd := strings.Cut(rest, end)
 	if !hasBegin || !hasEnd {
-		t.Fatalf("%s has no lines %q and %q", file, strings.TrimSpace(begin), end)
+		t.Fatalf("%s has no lines %q and %q", readme, strings.TrimSpace(begin), end)
 	}
 	want := configTable()
 	if strings.TrimSpace(table) == strings.TrimSpace(want) {
 		return
 	}
 	if *updateReadme {
-		if err := os.WriteFile(file, []byte(before+begin+"\n"+want+"\n"+end+after), 0o644); err != nil {
+		if err := os.WriteFile(readme, []byte(before+begin+"\n"+want+"\n"+end+after), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return
@@ -41,7 +46,78 @@ func TestReadmeConfigTable(t *testing.T) {
 			return "(nothing)"
 		}
 		if row(gotRows) != row(wantRows) {
-			t.Fatalf("row %d of the table in %s is\n\t%s\nwant\n\t%s\nrun this test with -update to rewrite the table", i+1, file, row(gotRows), row(wantRows))
+			t.Fatalf("row %d of the table in %s is\n\t%s\nwant\n\t%s\nrun this test with -update to rewrite the table", i+1, readme, row(gotRows), row(wantRows))
+		}
+	}
+}
+
+func TestReadmeEndpoints(t *testing.T) {
+	var documented []string
+	for _, row := range docTable(t, readme, "endpoints") {
+		for _, call := range wordsOf(row[0]) {
+			call, _, _ = strings.Cut(call, "?")
+			documented = append(documented, withoutNames(call))
+		}
+	}
+	wantSame(t, "endpoints", documented, codeRoutes(t))
+}
+
+// A code stands in the row of its status, or, when it is told by close frames
+// alone, in the last.
+func TestReadmeErrorCodes(t *testing.T) {
+	inCode := codeErrors(t)
+	var documented []string
+	for _, row := range docTable(t, readme, "error codes") {
+		for _, code := range wordsOf(row[1]) {
+			documented = append(documented, code)
+			e := inCode[code]
+			if byClose := !strings.Contains(row[0], strconv.Itoa(e.status)); byClose && (e.close == 0 || strings.ContainsAny(row[0], "0123456789")) {
+				t.Errorf("%s stands beside %s, and has the status %d", code, row[0], e.status)
+			}
+		}
+	}
+	wantSame(t, "error codes", documented, slices.Collect(maps.Keys(inCode)))
+}
+
+func TestReadmeFrames(t *testing.T) {
+	for _, room := range []bool{false, true} {
+		var documented []string
+		for _, row := range docTable(t, readme, "client frames") {
+			if where := map[bool]string{false: "pair", true: "room"}[room]; strings.Contains(row[1], where) {
+				documented = append(documented, wordsOf(row[0])...)
+			}
+		}
+		wantSame(t, "types of clients' frames", documented, clientTypes(room))
+	}
+	var documented []string
+	for _, row := range docTable(t, readme, "server frames") {
+		documented = append(documented, wordsOf(row[0])...)
+	}
+	wantSame(t, "types of the server's frames", documented, serverTypes(t))
+}
+
+func TestReadmeFrameErrors(t *testing.T) {
+	documented := wordsOf(docPart(t, readme, "frame errors"))
+	wantSame(t, "codes of error frames", documented, slices.Compact(slices.Sorted(slices.Values(codeFrameErrors(t)))))
+}
+
+func TestReadmeCloseCodes(t *testing.T) {
+	var documented, inCode []string
+	for _, row := range docTable(t, readme, "close codes") {
+		documented = append(documented, strings.Split(row[0], ", ")...)
+	}
+	for _, code := range codeCloseCodes(t) {
+		inCode = append(inCode, strconv.Itoa(code))
+	}
+	wantSame(t, "close codes", documented, inCode)
+}
+
+// The README's figures are lines of the table in docs/performance.md.
+func TestReadmeFigures(t *testing.T) {
+	measured := strings.Split(readDoc(t, "docs/performance.md"), "\n")
+	for line := range strings.Lines(docPart(t, readme, "figures")) {
+		if line = strings.TrimSpace(line); line != "" && !slices.Contains(measured, line) {
+			t.Errorf("docs/performance.md does not have this line:\n\t%s", line)
 		}
 	}
 }
