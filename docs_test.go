@@ -457,3 +457,58 @@ func TestProtocolDocCloseCodes(t *testing.T) {
 		}
 	}
 }
+
+// --- Variables.
+
+// Every variable that a document names is one of the server's.
+func TestDocsVariables(t *testing.T) {
+	known := map[string]bool{"SSL_CERT_FILE": true} // of Go's crypto/x509
+	for _, row := range configRows(t) {
+		for _, name := range wordsOf(row[0]) {
+			known[name] = true
+		}
+	}
+	variable := regexp.MustCompile("`(?:-e )?([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\\b[^`]*`")
+	for _, file := range documents(t) {
+		for _, m := range variable.FindAllStringSubmatch(readDoc(t, file), -1) {
+			if !known[m[1]] {
+				t.Errorf("%s names %s, which is no variable", file, m[1])
+			}
+		}
+	}
+}
+
+// The defaults in docs/migrating.md are those of the code.
+func TestMigratingVariables(t *testing.T) {
+	defaults := make(map[string]string)
+	for _, row := range configRows(t) {
+		for _, name := range wordsOf(row[0]) {
+			defaults[name] = row[1]
+		}
+	}
+	for _, table := range []string{"pair variables", "room variables"} {
+		for _, row := range docTable(t, "docs/migrating.md", table) {
+			name := wordsOf(row[0])[0]
+			if want, ok := defaults[name]; !ok || row[1] != want {
+				t.Errorf("the default of %s is %q in the document, %q in the code", name, row[1], want)
+			}
+		}
+	}
+}
+
+// configRows returns the rows of the table of options.
+func configRows(t testing.TB) [][]string { t.Helper(); return docTable(t, readme, "config table") }
+
+// documents returns the Markdown files of the repository that speak of the
+// server.
+func documents(t testing.TB) (files []string) {
+	t.Helper()
+	for _, pattern := range []string{"*.md", "docs/*.md", "deploy/*.md", "examples/*.md", "web/*.md"} {
+		matches, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, matches...)
+	}
+	return files
+}
