@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-var updateReadme = flag.Bool("update", false, "rewrite the README's table of options")
+var updateReadme = flag.Bool("update", false, "rewrite the README's tables of options and of figures")
 
 const readme = "README.md"
 
@@ -112,12 +112,37 @@ func TestReadmeCloseCodes(t *testing.T) {
 	wantSame(t, "close codes", documented, inCode)
 }
 
-// The README's figures are lines of the table in docs/performance.md.
+// The README's figures are lines of the table in docs/performance.md:
+// `go test -run TestReadmeFigures -update .` takes them from there.
 func TestReadmeFigures(t *testing.T) {
-	measured := strings.Split(readDoc(t, "docs/performance.md"), "\n")
-	for line := range strings.Lines(docPart(t, readme, "figures")) {
-		if line = strings.TrimSpace(line); line != "" && !slices.Contains(measured, line) {
-			t.Errorf("docs/performance.md does not have this line:\n\t%s", line)
+	figures := docPart(t, readme, "figures")
+	updated := figures
+	head, rows, _ := strings.Cut(strings.TrimSpace(figures), "\n")
+	_, table, found := strings.Cut(readDoc(t, "docs/performance.md"), head+"\n")
+	if !found {
+		t.Fatalf("docs/performance.md has no table with the head %s", head)
+	}
+	table, _, _ = strings.Cut(table, "\n\n")
+	measured := make(map[string]string) // by what stands in front
+	for line := range strings.Lines(table) {
+		label, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		measured[label] = strings.TrimSpace(line)
+	}
+	for line := range strings.Lines(rows) {
+		line = strings.TrimSpace(line)
+		label, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		if want := measured[label]; want == "" {
+			t.Errorf("docs/performance.md has no figures for%s", label)
+		} else if want != line && *updateReadme {
+			updated = strings.Replace(updated, line, want, 1)
+		} else if want != line {
+			t.Errorf("the README has\n\t%s\nand docs/performance.md\n\t%s\nrun this test with -update to take them over", line, want)
+		}
+	}
+	if updated != figures {
+		text := strings.Replace(readDoc(t, readme), figures, updated, 1)
+		if err := os.WriteFile(readme, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
