@@ -99,6 +99,13 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
+// endsWithAddress reports whether the last entry of X-Forwarded-For makes sense.
+func endsWithAddress(forwardedFor []string) bool {
+	last := forwardedFor[len(forwardedFor)-1]
+	_, ok := parseHop(last[strings.LastIndexByte(last, ',')+1:])
+	return ok
+}
+
 // forwardedHeader returns the name of a header of r that a proxy would set.
 func forwardedHeader(r *http.Request) string {
 	for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Forwarded"} {
@@ -195,10 +202,10 @@ func (p *callerPolicy) advice(r *http.Request, c caller) (advice []string) {
 		advice = append(advice, name+" comes from "+c.socket.String()+", which is not a trusted proxy, and is not believed. If it is yours, set TRUSTED_PROXIES="+hostPrefix(c.socket)+".")
 	case c.proxyTrusted && len(r.Header["X-Forwarded-For"]) == 0:
 		advice = append(advice, "The proxy at "+c.socket.String()+" sets no X-Forwarded-For: everyone behind it shares one address and its limits.")
-	case c.proxyTrusted && c.addr == c.socket:
+	case c.proxyTrusted && !endsWithAddress(r.Header["X-Forwarded-For"]):
 		advice = append(advice, "X-Forwarded-For from "+c.socket.String()+" does not end with an address: everyone behind it shares one address and its limits.")
 	case c.proxyTrusted && contains(p.trusted, c.addr):
-		advice = append(advice, "Everything in X-Forwarded-For is a trusted proxy, the caller too: TRUSTED_PROXIES may be too wide.")
+		advice = append(advice, "Everything in X-Forwarded-For is a trusted proxy, the caller too: unless you call from a proxy's own machine, TRUSTED_PROXIES may be too wide.")
 	}
 	if !p.originAllowed(r) {
 		advice = append(advice, "Pages of "+r.Header.Get("Origin")+" may not call. If they should, add that to CORS_ORIGINS; if they come from this server, its proxy must pass Host on.")

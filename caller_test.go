@@ -250,6 +250,8 @@ func TestWhoami(t *testing.T) {
 			map[string]any{"ip": "10.0.0.1", "proxyTrusted": true}, []string{"10.0.0.1", "no X-Forwarded-For", "one address"}},
 		{"behind a proxy that tells nonsense", []string{"DEV=false", "TRUSTED_PROXIES=10.0.0.1"}, "10.0.0.1", []string{"X-Forwarded-For: unknown"},
 			map[string]any{"ip": "10.0.0.1", "forwardedFor": "unknown"}, []string{"does not end with an address"}},
+		{"from the proxy's own machine", []string{"DEV=false", "TRUSTED_PROXIES=127.0.0.1"}, "127.0.0.1", []string{"X-Forwarded-For: 127.0.0.1"},
+			map[string]any{"ip": "127.0.0.1", "proxyTrusted": true}, []string{"from a proxy's own machine"}},
 		{"when everyone is a proxy", []string{"DEV=false", "TRUSTED_PROXIES=0.0.0.0/0"}, "10.0.0.1", []string{"X-Forwarded-For: 198.51.100.1"},
 			map[string]any{"ip": "198.51.100.1", "proxyTrusted": true}, []string{"TRUSTED_PROXIES may be too wide"}},
 		{"from a foreign page", []string{"DEV=false"}, "198.51.100.1", []string{"Origin: https://app.example"},
