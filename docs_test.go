@@ -459,6 +459,43 @@ func TestProtocolDocCloseCodes(t *testing.T) {
 	}
 }
 
+// The reasons of close codes are texts of the code, and those that the code gives
+// as literals are in the document.
+func TestProtocolDocCloseReasons(t *testing.T) {
+	literals := make(map[string]bool)
+	inspect(t, func(lit *ast.BasicLit) {
+		if text, ok := textOf(lit); ok {
+			literals[text] = true
+		}
+	})
+	var documented []string
+	for _, row := range docTable(t, protocolDoc, "close codes") {
+		documented = append(documented, wordsOf(row[1])...)
+	}
+	for _, reason := range documented {
+		if side := regexp.MustCompile(`^side [AB] `); !literals[side.ReplaceAllString(reason, "side SIDE ")] {
+			t.Errorf("%q is a reason in the document and no text in the code", reason)
+		}
+	}
+	given := func(e ast.Expr) {
+		if reason, ok := textOf(e); ok && !slices.Contains(documented, reason) {
+			t.Errorf("%q is a reason in the code and not in the document", reason)
+		}
+	}
+	inspect(t, func(lit *ast.CompositeLit) {
+		for _, elt := range lit.Elts {
+			if field, ok := elt.(*ast.KeyValueExpr); ok && nameOf(lit.Type) == "ending" && nameOf(field.Key) == "reason" {
+				given(field.Value)
+			}
+		}
+	})
+	inspect(t, func(call *ast.CallExpr) {
+		if nameOf(call.Fun) == "close" && len(call.Args) == 2 {
+			given(call.Args[1])
+		}
+	})
+}
+
 // --- Variables.
 
 // Every variable that a document names is one of the server's.
