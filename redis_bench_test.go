@@ -76,6 +76,65 @@ func BenchmarkRedisRelay(b *testing.B) {
 	}
 }
 
+// BenchmarkRedisLook is the look at 64 seats that each heartbeat takes, and what
+// it costs Redis for one of them.
+func BenchmarkRedisLook(b *testing.B) {
+	server := startRedis(b)
+	client, h := server.client(), benchHub(b, server.addr)
+	for range lookBatch / 2 {
+		id := uuid.New()
+		for _, name := range []string{"A", "B"} {
+			if _, _, err := h.Join(ctx, id, joinRequest{name: name, create: true}, func(error) {}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	before := redisCPU(b, client)
+	b.ResetTimer()
+	for range b.N {
+		if err := h.lookAtAll(ctx); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.StopTimer()
+	b.ReportMetric((redisCPU(b, client)-before)/float64(b.N)/lookBatch*1e9, "redis-cpu-ns/seat")
+}
+
+// BenchmarkRedisPairing is all that a pairing asks of Redis but its frames: a
+// session and its code, two seats taken and left.
+func BenchmarkRedisPairing(b *testing.B) {
+	server := startRedis(b)
+	client, h := server.client(), benchHub(b, server.addr)
+	codes := newRedisCodes(codeOptions{digits: 9, maxDigits: 9, failures: func() int { return 0 }, grown: func(int) {}},
+		newTestStore(b, redis.Options{Addr: server.addr}), redisClock)
+	before := redisCPU(b, client)
+	b.ResetTimer()
+	for range b.N {
+		id := uuid.New()
+		if err := h.Open(ctx, meta{ID: id, Expires: time.Now().Add(time.Minute)}); err != nil {
+			b.Fatal(err)
+		}
+		code, _, err := codes.Mint(ctx, id, time.Minute)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, _, err := codes.Redeem(ctx, code); err != nil {
+			b.Fatal(err)
+		}
+		for _, name := range []string{"A", "B"} {
+			s, _, err := h.Join(ctx, id, joinRequest{name: name}, func(error) {})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := s.Leave(ctx, true); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	b.StopTimer()
+	b.ReportMetric((redisCPU(b, client)-before)/float64(b.N)*1e6, "redis-cpu-us/op")
+}
+
 // BenchmarkRedisThroughput relays between 32 pairs of which each side is at
 // another instance, and says how many frames a second of Redis' CPU carries.
 func BenchmarkRedisThroughput(b *testing.B) {
