@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -124,10 +125,25 @@ const (
 var errIdle = errors.New("no message has begun")
 
 // A hijacker gives the library a connection with buffers of its own choice: it
-// keeps those that it gets, and net/http's are 4 KiB each.
+// keeps those that it gets, and net/http's are 4 KiB each. The answer that agrees
+// to the upgrade it keeps, to go out with the first frames: one write, where
+// BenchmarkJoin had two.
 type hijacker struct {
 	http.ResponseWriter
-	c *conn
+	c      *conn
+	answer []byte
+}
+
+func (h *hijacker) WriteHeader(status int) {
+	if status != http.StatusSwitchingProtocols {
+		h.ResponseWriter.WriteHeader(status)
+		return
+	}
+	var answer bytes.Buffer
+	answer.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	h.Header().Write(&answer) // cannot fail
+	answer.WriteString("\r\n")
+	h.answer = answer.Bytes()
 }
 
 // The library's own buffers: one for a frame's header, one for a control frame.
@@ -136,7 +152,7 @@ const (
 	controlBuffer = 128
 )
 
-func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	nc, brw, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	if err != nil {
 		return nil, nil, err
@@ -158,8 +174,9 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return s, bufio.NewReadWriter(c.br, bufio.NewWriterSize(s, controlBuffer)), nil
 }
 
-// accept upgrades the request. subprotocol is what to agree to, or "".
-func (c *conn) accept(w http.ResponseWriter, r *http.Request, subprotocol string) error {
+// accept upgrades the request. subprotocol is what to agree to, or "". The answer
+// to the request is for begin to write; after an error there is none.
+func (c *conn) accept(w http.ResponseWriter, r *http.Request, subprotocol string) (answer []byte, err error) {
 	options := websocket.AcceptOptions{
 		InsecureSkipVerify: true, // the origin has been checked
 		CompressionMode:    websocket.CompressionDisabled,
@@ -169,17 +186,18 @@ func (c *conn) accept(w http.ResponseWriter, r *http.Request, subprotocol string
 	if subprotocol != "" {
 		options.Subprotocols = []string{subprotocol}
 	}
-	ws, err := websocket.Accept(hijacker{w, c}, r, &options)
+	h := hijacker{ResponseWriter: w, c: c}
+	ws, err := websocket.Accept(&h, r, &options)
 	if err != nil {
 		if c.net != nil {
 			c.net.Close()
 		}
-		return err
+		return nil, err
 	}
 	ws.SetReadLimit(int64(c.maxMessage))
 	c.ws = ws
 	c.poll = c.pollRead
-	return nil
+	return h.answer, nil
 }
 
 // begin starts the connection after accept: first is written before anything

@@ -103,14 +103,15 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, li
 	if c.seat = seat; c.remote != nil {
 		c.remote.seat, c.seat = seat, c.remote
 	}
-	if err := c.accept(w, r, subprotocol(v1)); err != nil {
+	answer, err := c.accept(w, r, subprotocol(v1))
+	if err != nil {
 		// A newcomer to a room has not learned how to come back.
 		newcomer := c.room != nil && view.resumed == resumedNot
 		c.seat.Leave(context.WithoutCancel(r.Context()), newcomer)
 		s.release(c)
 		return nil // the library has answered
 	}
-	c.attach(view)
+	c.attach(answer, view)
 	return nil
 }
 
@@ -234,7 +235,8 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why e
 		s.release(c)
 		return e
 	}
-	if err := c.accept(w, r, subprotocol(c.v1)); err != nil {
+	answer, err := c.accept(w, r, subprotocol(c.v1))
+	if err != nil {
 		s.release(c)
 		return nil
 	}
@@ -243,7 +245,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why e
 		reason = strings.ReplaceAll(e.closeReason, "SIDE", c.side)
 	}
 	c.close(e.closeCode, reason)
-	c.begin(nil)
+	c.begin(answer)
 	go c.run()
 	return nil
 }
@@ -268,14 +270,14 @@ func (c *client) greeting(v view) (first []byte) {
 	return first
 }
 
-// attach starts the connection: how things are goes ahead of what waits.
-func (c *client) attach(v view) {
-	var first []byte
+// attach starts the connection: behind the answer to its request, how things are
+// goes ahead of what waits.
+func (c *client) attach(answer []byte, v view) {
+	greeting := c.greeting
 	if c.room != nil {
-		first = c.greetingOfRoom(v)
-	} else {
-		first = c.greeting(v)
+		greeting = c.greetingOfRoom
 	}
+	first := append(answer, greeting(v)...)
 	switch v.resumed {
 	case resumedBack:
 		c.metrics.resumes[resumeBack].Inc()
