@@ -354,7 +354,7 @@ func logOptions(table []option) []slog.Attr {
 
 // writeUsage writes the table for -h.
 func writeUsage(w io.Writer) {
-	fmt.Fprint(w, "Usage: parley [flags]\n       parley check URL\n\n"+
+	fmt.Fprint(w, "Usage: parley [flags]\n       parley check URL\n       parley healthcheck [flags]\n\n"+
 		"Every flag is an environment variable too: -room-ttl 5m is ROOM_TTL=5m. A flag wins.\n"+
 		"Of two defaults the first holds while DEV=true, the second otherwise.\n\n")
 	for _, o := range configOptions(new(config)) {

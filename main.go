@@ -16,6 +16,10 @@
 // parley check URL looks at a running server from outside, and says in words
 // what is wrong with it, its proxy, or its STUN and TURN servers.
 //
+// parley healthcheck, with the environment or flags of a server on the same
+// machine, exits with 0 when that answers, and otherwise says why not and exits
+// with 1.
+//
 // SIGTERM or SIGINT begins to drain: /readyz turns 503, nothing new is taken,
 // every WebSocket is closed with 1001, and the process is gone within
 // DRAIN_TIMEOUT. A second signal ends it at once.
@@ -43,6 +47,9 @@ func main() {
 func run(args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "check" {
 		return runCheck(args[1:], stdout, stderr)
+	}
+	if len(args) > 0 && args[0] == "healthcheck" {
+		return runHealthcheck(args[1:], lookup, stdout, stderr)
 	}
 	cfg, err := loadConfig(args, lookup)
 	if errors.Is(err, flag.ErrHelp) {
