@@ -1,0 +1,246 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// What deploy/ and the files beside the code tell others to run.
+
+// notOurs are the variables that parley does not read and its runtime does.
+var notOurs = []string{"GOMEMLIMIT"}
+
+// checkSettings fails unless parley would start with these variables, and knows
+// each of them.
+func checkSettings(t *testing.T, where string, env map[string]string) *config {
+	t.Helper()
+	known := slices.Clone(notOurs)
+	for _, o := range configOptions(new(config)) {
+		known = append(known, o.names()...)
+	}
+	for name := range env {
+		if !slices.Contains(known, name) {
+			t.Errorf("%s sets %s, which parley does not read", where, name)
+		}
+	}
+	c, err := loadConfig(nil, func(name string) (string, bool) {
+		value, ok := env[name]
+		return value, ok
+	})
+	if err != nil {
+		t.Errorf("%s: %v", where, err)
+		return new(config)
+	}
+	return c
+}
+
+// imageEnvironment is what the image sets.
+func imageEnvironment(t *testing.T) map[string]string {
+	t.Helper()
+	env := map[string]string{}
+	for _, pair := range strings.Fields(dockerfile(t)["ENV"]) {
+		name, value, _ := strings.Cut(pair, "=")
+		env[name] = value
+	}
+	return env
+}
+
+// dockerfile returns the arguments of each instruction of the last stage.
+func dockerfile(t *testing.T) map[string]string {
+	t.Helper()
+	instructions := map[string]string{}
+	for line := range strings.Lines(strings.ReplaceAll(readFile(t, "Dockerfile"), "\\\n", "")) {
+		name, args, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if name == "FROM" {
+			clear(instructions)
+		}
+		instructions[name] = args
+	}
+	return instructions
+}
+
+func TestDockerfile(t *testing.T) {
+	last := dockerfile(t)
+	for name, want := range map[string]string{
+		"FROM": "scratch", "EXPOSE": "1234", "ENTRYPOINT": `["/parley"]`,
+	} {
+		if last[name] != want {
+			t.Errorf("%s %s, want %s", name, last[name], want)
+		}
+	}
+	if !regexp.MustCompile(`^[1-9]\d*:[1-9]\d*$`).MatchString(last["USER"]) {
+		t.Errorf("USER %s is not a number", last["USER"])
+	}
+	if !strings.HasSuffix(last["HEALTHCHECK"], `CMD ["/parley", "healthcheck"]`) {
+		t.Errorf("HEALTHCHECK %s", last["HEALTHCHECK"])
+	}
+	if c := checkSettings(t, "Dockerfile", imageEnvironment(t)); c.dev || !c.demo || c.port != 1234 {
+		t.Errorf("the image runs with DEV=%t DEMO=%t PORT=%d", c.dev, c.demo, c.port)
+	}
+	// The Go of the image is that of go.mod.
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readFile(t, "go.mod"))
+	if !strings.Contains(readFile(t, "Dockerfile"), "golang:"+version[1]+"-alpine AS build") {
+		t.Errorf("Dockerfile does not build with Go %s", version[1])
+	}
+}
+
+// Whoever starts the image can use its demo page from another machine, where
+// only pages of its own origin may call.
+func TestImageDemoPage(t *testing.T) {
+	var env []string
+	for name, value := range imageEnvironment(t) {
+		env = append(env, name+"="+value)
+	}
+	ts, _ := newLoopServer(t, env...)
+	const host = "Host: 192.168.1.20:1234"
+	if a := ts.call("GET", "/", "", host); a.status != 200 || !strings.Contains(a.header.Get("Content-Type"), "text/html") {
+		t.Errorf("the page: %d", a.status)
+	}
+	for origin, status := range map[string]int{"http://192.168.1.20:1234": 200, "http://evil.example": 403} {
+		if a := ts.call("POST", "/rendezvous/code", "", host, "Origin: "+origin); a.status != status {
+			t.Errorf("a page of %s mints: %d, want %d", origin, a.status, status)
+		}
+	}
+}
+
+// A composeFile is what is looked at of a compose file.
+type composeFile struct {
+	Services map[string]composeService
+	Networks map[string]struct {
+		IPAM struct{ Config []struct{ Subnet string } }
+	}
+}
+
+type composeService struct {
+	Build       string
+	Image       string
+	Environment map[string]string
+	Ports       []string
+	Volumes     []string
+	Networks    []string
+}
+
+// composed reads compose files as docker compose -f … -f … does, of which those
+// after the first only add services, and variables to services.
+func composed(t *testing.T, files ...string) composeFile {
+	t.Helper()
+	stack := readCompose(t, files[0])
+	for _, file := range files[1:] {
+		for name, service := range readCompose(t, file).Services {
+			before, ok := stack.Services[name]
+			if !ok {
+				stack.Services[name] = service
+			}
+			for k, v := range service.Environment {
+				before.Environment[k] = v
+			}
+		}
+	}
+	return stack
+}
+
+// readCompose reads a compose file with values for what it asks of the operator.
+func readCompose(t *testing.T, file string) (c composeFile) {
+	t.Helper()
+	text := regexp.MustCompile(`\$\{(\w+)[^}]*\}`).ReplaceAllStringFunc(readFile(t, file), func(asked string) string {
+		for name, value := range map[string]string{"DOMAIN": "parley.example", "TURN_SECRET": "a secret"} {
+			if asked == "${"+name+"}" || strings.HasPrefix(asked, "${"+name+":?") {
+				return value
+			}
+		}
+		t.Errorf("%s asks for %s", file, asked)
+		return asked
+	})
+	if err := yaml.Unmarshal([]byte(text), &c); err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	return c
+}
+
+func TestComposeFiles(t *testing.T) {
+	stacks := [][]string{{"docker-compose.yml"}, {"deploy/compose/caddy.yaml"},
+		{"deploy/compose/caddy.yaml", "deploy/compose/coturn.yaml"}, {"deploy/compose/redis.yaml"}}
+	var used []string
+	for _, files := range stacks {
+		where := strings.Join(files, " and ")
+		used = append(used, files...)
+		stack := composed(t, files...)
+		instances := 0
+		for name, service := range stack.Services {
+			if service.Build == "" {
+				for _, volume := range service.Volumes {
+					if file, _, _ := strings.Cut(volume, ":"); strings.HasPrefix(file, "..") {
+						readFile(t, filepath.Join(filepath.Dir(files[0]), file))
+					}
+				}
+				continue
+			}
+			instances++
+			if service.Image != "parley:local" {
+				t.Errorf("%s: %s is built as %s", where, name, service.Image)
+			}
+			readFile(t, filepath.Join(filepath.Dir(files[0]), service.Build, "Dockerfile"))
+			env := imageEnvironment(t)
+			for k, v := range service.Environment {
+				env[k] = v
+			}
+			c := checkSettings(t, where, env)
+			for _, port := range service.Ports {
+				if !strings.HasSuffix(port, fmt.Sprint(":", c.port)) {
+					t.Errorf("%s publishes %s of a server on %d", where, port, c.port)
+				}
+			}
+			for _, front := range stack.Services {
+				if front.Environment["UPSTREAM"] == "" {
+					continue
+				}
+				if upstream := fmt.Sprintf("%s:%d", name, c.port); !slices.Contains(strings.Fields(front.Environment["UPSTREAM"]), upstream) {
+					t.Errorf("%s: the proxy does not know of %s", where, upstream)
+				}
+				// Proxy and server share a network, whose addresses are trusted.
+				subnet := stack.Networks["web"].IPAM.Config[0].Subnet
+				if !slices.Equal(service.Networks, front.Networks) || !slices.Contains(strings.Split(env["TRUSTED_PROXIES"], ","), subnet) {
+					t.Errorf("%s: TRUSTED_PROXIES=%s, and the proxy is in %s", where, env["TRUSTED_PROXIES"], subnet)
+				}
+			}
+		}
+		if instances == 0 {
+			t.Errorf("%s runs no parley", where)
+		}
+	}
+	all, _ := filepath.Glob("deploy/compose/*.yaml")
+	for _, file := range all {
+		if !slices.Contains(used, file) {
+			t.Errorf("%s is not looked at", file)
+		}
+	}
+}
+
+// readEnvFile reads an environment file as systemd does, and those lines too
+// that are commented out: they are there to be used.
+func readEnvFile(t *testing.T, file string) map[string]string {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	env := map[string]string{}
+	assignment := regexp.MustCompile(`^#?([A-Z][A-Z0-9_]*)=(.*)$`)
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if m := assignment.FindStringSubmatch(lines.Text()); m != nil {
+			env[m[1]] = m[2]
+		} else if !strings.HasPrefix(lines.Text(), "# ") && lines.Text() != "" {
+			t.Errorf("%s: not a comment, not a setting: %s", file, lines.Text())
+		}
+	}
+	return env
+}
