@@ -138,6 +138,7 @@ func composed(t *testing.T, files ...string) composeFile {
 			before, ok := stack.Services[name]
 			if !ok {
 				stack.Services[name] = service
+				continue
 			}
 			for k, v := range service.Environment {
 				before.Environment[k] = v

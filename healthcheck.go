@@ -24,8 +24,8 @@ import (
 // is not healthy, which helps a server that hangs, and harms one that only
 // waits for Redis, or drains: its connections would be lost for nothing.
 
-// healthTimeout is how long the answer may take.
-const healthTimeout = 3 * time.Second
+// healthcheckTimeout is how long the answer may take.
+const healthcheckTimeout = 3 * time.Second
 
 // runHealthcheck is parley healthcheck. It returns the exit status: 0 or 1,
 // because Docker reserves 2.
@@ -81,7 +81,7 @@ func checkHealth(c *config) error {
 	} else {
 		base += addr
 	}
-	client := &http.Client{Timeout: healthTimeout, Transport: &http.Transport{
+	client := &http.Client{Timeout: healthcheckTimeout, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		// The certificate names what others call this server; here it is asked
 		// by the address that it listens on itself.

@@ -1,0 +1,141 @@
+//go:build long
+
+package main
+
+import (
+	"debug/elf"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+func TestLongNginxIdle(t *testing.T) { testProxyIdle(t, startNginx) }
+func TestLongCaddyIdle(t *testing.T) { testProxyIdle(t, startCaddy) }
+
+// What an image may be: the binary, and the roots of certificates that Alpine
+// ships in 220 KiB.
+const (
+	maxImage     = 15 << 20
+	certificates = 256 << 10
+)
+
+// The image's binary, built as the Dockerfile says from what .dockerignore lets
+// through, is static, small, and says what it is.
+func TestLongImageBinary(t *testing.T) {
+	source := t.TempDir()
+	copyContext(t, source)
+	command := regexp.MustCompile(`(?s)(GOOS=\$TARGETOS .*? -o )/parley \.`).FindStringSubmatch(readFile(t, "Dockerfile"))
+	if command == nil {
+		t.Fatal("Dockerfile has no line that builds /parley")
+	}
+	if !strings.Contains(readFile(t, "Dockerfile"), "ENV CGO_ENABLED=0\n") {
+		t.Error("Dockerfile does not turn cgo off")
+	}
+	for _, arch := range []string{"amd64", "arm64"} {
+		binary := filepath.Join(t.TempDir(), "parley")
+		build := exec.Command("bash", "-euo", "pipefail", "-c", command[1]+`"$0" .`, binary)
+		build.Dir = source
+		build.Env = append(os.Environ(), "CGO_ENABLED=0", "TARGETOS=linux", "TARGETARCH="+arch, "VERSION=v1.2.3", "COMMIT=abcdef")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", arch, err, out)
+		}
+		checkStatic(t, arch, binary)
+		info, err := os.Stat(binary)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size := info.Size() + certificates
+		t.Logf("%s: %.2f MiB with certificates", arch, float64(size)/(1<<20))
+		if size > maxImage {
+			t.Errorf("%s: %d bytes are more than %d", arch, size, maxImage)
+		}
+		if arch == runtime.GOARCH && runtime.GOOS == "linux" {
+			checkImageRuns(t, binary)
+		}
+	}
+}
+
+// checkStatic fails if a binary needs anything else to run.
+func checkStatic(t *testing.T, arch, binary string) {
+	t.Helper()
+	f, err := elf.Open(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if want := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[arch]; f.Machine != want {
+		t.Errorf("a binary for %v, want %v", f.Machine, want)
+	}
+	libraries, _ := f.ImportedLibraries()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP || len(libraries) > 0 {
+			t.Errorf("%s: not static: it needs %v", arch, libraries)
+		}
+	}
+}
+
+// checkImageRuns starts the binary with nothing around it but the image's
+// environment.
+func checkImageRuns(t *testing.T, binary string) {
+	t.Helper()
+	port := freePort(t)
+	var env []string
+	for name, value := range imageEnvironment(t) {
+		env = append(env, name+"="+value)
+	}
+	env = append(env, "HOST=127.0.0.1", "PORT="+port)
+	server := exec.Command(binary)
+	server.Env = env
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		server.Process.Kill()
+		server.Wait()
+	}()
+	eventually(t, "the image's binary is healthy", func() bool {
+		check := exec.Command(binary, "healthcheck")
+		check.Env = env
+		return check.Run() == nil
+	})
+	p := &proxy{t: t, base: "http://" + net.JoinHostPort("127.0.0.1", port)}
+	var v versionInfo
+	p.call(p.from("127.0.0.1"), "GET", "/version", "", &v)
+	if v.Version != "v1.2.3" || v.Commit != "abcdef" {
+		t.Errorf("version: %+v", v)
+	}
+}
+
+// copyContext copies what .dockerignore lets through into dir.
+func copyContext(t *testing.T, dir string) {
+	t.Helper()
+	patterns := strings.Fields(regexp.MustCompile(`(?m)^#.*$`).ReplaceAllString(readFile(t, ".dockerignore"), ""))
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		ignored := false
+		for _, pattern := range patterns { // the last one that matches decides
+			name, kept := strings.CutPrefix(pattern, "!")
+			if ok, _ := filepath.Match(name, e.Name()); ok {
+				ignored = !kept
+			}
+		}
+		switch to := filepath.Join(dir, e.Name()); {
+		case ignored:
+		case e.IsDir():
+			err = os.CopyFS(to, os.DirFS(e.Name()))
+		default:
+			err = os.WriteFile(to, []byte(readFile(t, e.Name())), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
