@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -244,4 +246,30 @@ func readEnvFile(t *testing.T, file string) map[string]string {
 		}
 	}
 	return env
+}
+
+// The systemd unit says nothing that systemd does not know, exposes little, and
+// has settings that the server starts with.
+func TestSystemdUnit(t *testing.T) {
+	t.Parallel()
+	analyze := needTool(t, "systemd-analyze")
+	unit := filepath.Join(t.TempDir(), "parley.service")
+	writeFile(t, unit, rendered(t, "deploy/systemd/parley.service", "ExecStart=/usr/local/bin/parley", "ExecStart="+buildBinary(t)))
+	for _, args := range [][]string{
+		{"verify", "--man=no", unit},
+		{"security", "--offline=yes", "--threshold=15", unit}, // of 100
+	} {
+		out, err := exec.Command(analyze, args...).CombinedOutput()
+		if err != nil || args[0] == "verify" && len(out) > 0 {
+			t.Errorf("systemd-analyze %s: %v\n%s", args[0], err, out)
+		}
+	}
+	c := checkSettings(t, "deploy/systemd/parley.env", readEnvFile(t, "deploy/systemd/parley.env"))
+	stop := regexp.MustCompile(`(?m)^TimeoutStopSec=(\S+)$`).FindStringSubmatch(readFile(t, unit))
+	if stop == nil {
+		t.Fatal("the unit has no TimeoutStopSec")
+	}
+	if timeout, err := time.ParseDuration(stop[1]); err != nil || timeout <= c.drainTimeout {
+		t.Errorf("TimeoutStopSec=%s cuts off DRAIN_TIMEOUT=%v", stop[1], c.drainTimeout)
+	}
 }
