@@ -1,6 +1,8 @@
 # make test is what a change must pass, make test-long what a release must.
 
 SHELL := bash
+# nginx is in a directory that only root looks into by itself.
+export PATH := $(PATH):/usr/sbin
 
 # What the tests run besides Go, one line each: the command looked for, and the
 # Debian package that brings it. -race needs the C compiler.
@@ -10,7 +12,11 @@ NEEDS := \
 	npm:npm \
 	turnserver:coturn \
 	redis-server:redis-server \
-	chromium:chromium
+	chromium:chromium \
+	nginx:nginx \
+	caddy:caddy \
+	promtool:prometheus \
+	systemd-analyze:systemd
 
 FUZZTIME ?= 30s
 BENCH ?= .
@@ -35,6 +41,7 @@ lint:
 	go vet ./...
 	go vet -tags long ./...
 	go -C bench/plot vet ./...
+	go -C deploy/kubernetes/verify vet ./...
 	go tool staticcheck ./...
 	go tool staticcheck -tags long ./...
 
@@ -61,6 +68,18 @@ as_root() {
 	if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi
 }
 
+# The tests start servers of their own, on other ports: those of the packages are
+# not to start by themselves, which Debian asks policy-rc.d about.
+install_idle() (
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$$policy" ]; then
+		trap 'as_root rm -f "$$policy"' EXIT
+		printf '#!/bin/sh\nexit 101\n' | as_root tee "$$policy" >/dev/null
+		as_root chmod +x "$$policy"
+	fi
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$packages </dev/null
+)
+
 if ! command -v go >/dev/null; then
 	echo 'make: the go command is missing; go.mod says which version is needed, https://go.dev/dl/ has it.' >&2
 	exit 1
@@ -71,7 +90,7 @@ packages=$$(sed 's/.*://' <<<"$$needs" | sort -u | xargs)
 if command -v apt-get >/dev/null; then
 	echo "make: installing $$packages"
 	as_root apt-get update -q </dev/null || true
-	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$packages </dev/null || true
+	install_idle || true
 fi
 hash -r
 needs=$$(missing)

@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"go.yaml.in/yaml/v3"
 )
 
 func TestLongNginxIdle(t *testing.T) { testProxyIdle(t, startNginx) }
@@ -136,6 +138,36 @@ func copyContext(t *testing.T, dir string) {
 		}
 		if err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// Each kustomization builds, of fields that Kubernetes has, into pods that a
+// namespace for restricted ones takes; and what it sets for parley are settings.
+func TestLongKubernetes(t *testing.T) {
+	for _, dir := range []string{"base", "overlays/tailscale"} {
+		verify := exec.Command("go", "-C", "deploy/kubernetes/verify", "run", ".", "../"+dir)
+		verify.Stderr = new(lockedBuffer)
+		out, err := verify.Output()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", dir, err, verify.Stderr)
+		}
+		found := false
+		for manifest := range strings.SplitSeq(string(out), "\n---\n") {
+			var configMap struct {
+				Kind string
+				Data map[string]string
+			}
+			if err := yaml.Unmarshal([]byte(manifest), &configMap); err != nil {
+				t.Fatal(err)
+			}
+			if configMap.Kind == "ConfigMap" {
+				found = true
+				checkSettings(t, dir, configMap.Data)
+			}
+		}
+		if !found {
+			t.Errorf("%s has no settings:\n%s", dir, out)
 		}
 	}
 }

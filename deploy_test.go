@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -271,5 +272,84 @@ func TestSystemdUnit(t *testing.T) {
 	}
 	if timeout, err := time.ParseDuration(stop[1]); err != nil || timeout <= c.drainTimeout {
 		t.Errorf("TimeoutStopSec=%s cuts off DRAIN_TIMEOUT=%v", stop[1], c.drainTimeout)
+	}
+}
+
+// A kubernetesPod is what is looked at of a Deployment.
+type kubernetesPod struct {
+	Spec struct {
+		Template struct {
+			Metadata struct{ Annotations map[string]string }
+			Spec     struct {
+				SecurityContext struct {
+					RunAsUser  int `yaml:"runAsUser"`
+					RunAsGroup int `yaml:"runAsGroup"`
+				} `yaml:"securityContext"`
+				Grace      int `yaml:"terminationGracePeriodSeconds"`
+				Containers []struct {
+					Ports []struct {
+						Name string
+						Port int `yaml:"containerPort"`
+					}
+					Lifecycle struct {
+						PreStop struct{ Sleep struct{ Seconds int } } `yaml:"preStop"`
+					}
+				}
+			}
+		}
+	}
+}
+
+// The settings for Kubernetes are settings, and agree with those of the pod.
+func TestKubernetesSettings(t *testing.T) {
+	const dir = "deploy/kubernetes/"
+	env := imageEnvironment(t)
+	maps.Copy(env, readEnvFile(t, dir+"base/parley.env"))
+	c := checkSettings(t, dir+"base", env)
+
+	var secret struct {
+		StringData map[string]string `yaml:"stringData"`
+	}
+	readYAML(t, dir+"secret.example.yaml", &secret)
+	var component struct {
+		Generators []struct{ Literals []string } `yaml:"configMapGenerator"`
+	}
+	readYAML(t, dir+"components/redis/kustomization.yaml", &component)
+	maps.Copy(env, secret.StringData)
+	for _, literal := range component.Generators[0].Literals {
+		name, value, _ := strings.Cut(literal, "=")
+		env[name] = value
+	}
+	if with := checkSettings(t, dir+"components/redis", env); !with.redisAddress.given() || len(with.turnSecrets) == 0 {
+		t.Error("the component sets no REDIS_URL, or the template no TURN_SECRET")
+	}
+
+	var deployment kubernetesPod
+	readYAML(t, dir+"base/deployment.yaml", &deployment)
+	pod := deployment.Spec.Template
+	user := fmt.Sprintf("%d:%d", pod.Spec.SecurityContext.RunAsUser, pod.Spec.SecurityContext.RunAsGroup)
+	if want := dockerfile(t)["USER"]; user != want {
+		t.Errorf("the pod runs as %s, the image as %s", user, want)
+	}
+	container := pod.Spec.Containers[0]
+	for _, port := range container.Ports {
+		want := map[string]string{"http": fmt.Sprintf(":%d", c.port), "metrics": c.metricsAddr}[port.Name]
+		if fmt.Sprintf(":%d", port.Port) != want {
+			t.Errorf("port %s is %d, and the server listens on %s", port.Name, port.Port, want)
+		}
+	}
+	if scraped := ":" + pod.Metadata.Annotations["prometheus.io/port"]; scraped != c.metricsAddr {
+		t.Errorf("Prometheus asks %s, metrics are on %s", scraped, c.metricsAddr)
+	}
+	stop := time.Duration(container.Lifecycle.PreStop.Sleep.Seconds)*time.Second + c.drainTimeout
+	if grace := time.Duration(pod.Spec.Grace) * time.Second; grace <= stop {
+		t.Errorf("the pod has %v to end, of which it needs %v", grace, stop)
+	}
+}
+
+func readYAML(t *testing.T, file string, into any) {
+	t.Helper()
+	if err := yaml.Unmarshal([]byte(readFile(t, file)), into); err != nil {
+		t.Fatalf("%s: %v", file, err)
 	}
 }
