@@ -1,0 +1,198 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// The alerts and the dashboard in deploy/ ask for what the server has.
+
+// servedMetrics returns, of a server that has every metric, the values of each
+// label of each series name.
+func servedMetrics(t *testing.T) map[string]map[string][]string {
+	t.Helper()
+	ts, _ := newLoopServer(t, "REDIS_URL=redis://"+startRedis(t).addr, "ROOMS=open")
+	served := map[string]map[string][]string{
+		"up": {}, // by Prometheus itself
+	}
+	series := regexp.MustCompile(`^(\w+)(?:\{(.*)\})? `)
+	label := regexp.MustCompile(`(\w+)="([^"]*)"`)
+	for line := range strings.Lines(ts.call(http.MethodGet, "/metrics", "").text) {
+		m := series.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		if served[m[1]] == nil {
+			served[m[1]] = map[string][]string{}
+		}
+		for _, pair := range label.FindAllStringSubmatch(m[2], -1) {
+			served[m[1]][pair[1]] = append(served[m[1]][pair[1]], pair[2])
+		}
+	}
+	return served
+}
+
+// checkQuery fails unless every series that a query asks for is served with the
+// labels that it asks for; where it asks for one value, with that.
+func checkQuery(t *testing.T, where, query string, served map[string]map[string][]string) {
+	t.Helper()
+	labels := []string{"job", "instance"} // which Prometheus adds
+	selector := regexp.MustCompile(`\b((?:parley|process|go|promhttp)_\w+|up)\b(?:\{([^}]*)\})?`)
+	matcher := regexp.MustCompile(`(\w+)(=~|=|!=|!~)"([^"]*)"`)
+	found := selector.FindAllStringSubmatch(query, -1)
+	if len(found) == 0 {
+		t.Errorf("%s asks for nothing that parley has: %s", where, query)
+	}
+	for _, m := range found {
+		has, ok := served[m[1]]
+		if !ok {
+			t.Errorf("%s asks for %s, which is not served", where, m[1])
+			continue
+		}
+		labels = slices.AppendSeq(labels, maps.Keys(has))
+		for _, match := range matcher.FindAllStringSubmatch(m[2], -1) {
+			name, operator, value := match[1], match[2], match[3]
+			if name == "job" || name == "instance" {
+				continue
+			}
+			if values, ok := has[name]; !ok || operator == "=" && !slices.Contains(values, value) {
+				t.Errorf("%s asks for %s with %s, which has %s=%q", where, m[1], match[0], name, values)
+			}
+		}
+	}
+	for _, by := range regexp.MustCompile(`\bby \(([^)]*)\)`).FindAllStringSubmatch(query, -1) {
+		for _, name := range strings.Split(by[1], ", ") {
+			if !slices.Contains(labels, name) {
+				t.Errorf("%s groups by %s, which nothing it asks for has: %s", where, name, query)
+			}
+		}
+	}
+}
+
+// promtool runs promtool on a file.
+func promtool(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(needTool(t, "promtool"), args...).CombinedOutput(); err != nil {
+		t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+type alertRules struct {
+	Groups []alertGroup
+}
+
+type alertGroup struct {
+	Name  string
+	Rules []alertRule
+}
+
+type alertRule struct {
+	Alert  string `yaml:",omitempty"`
+	Record string `yaml:",omitempty"`
+	Expr   string
+}
+
+func TestAlerts(t *testing.T) {
+	const file, tests = "deploy/prometheus/alerts.yaml", "deploy/prometheus/alerts_test.yaml"
+	promtool(t, "check", "rules", file)
+	promtool(t, "test", "rules", tests)
+	var rules alertRules
+	readYAML(t, file, &rules)
+	served := servedMetrics(t)
+	for _, rule := range rules.Groups[0].Rules {
+		checkQuery(t, rule.Alert, rule.Expr, served)
+		if !strings.Contains(readFile(t, tests), `alertname="`+rule.Alert+`"`) {
+			t.Errorf("%s does not see %s fire", tests, rule.Alert)
+		}
+	}
+	// What those tests feed the rules with is as it is served, too.
+	for _, m := range regexp.MustCompile(`series: '([^']+)'`).FindAllStringSubmatch(readFile(t, tests), -1) {
+		checkQuery(t, tests, m[1], served)
+	}
+}
+
+func TestScrapeConfig(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "parley-alerts.yaml"), readFile(t, "deploy/prometheus/alerts.yaml"))
+	scrape := filepath.Join(dir, "prometheus.yml")
+	writeFile(t, scrape, readFile(t, "deploy/prometheus/scrape.yaml"))
+	promtool(t, "check", "config", scrape)
+	if addr := readEnvFile(t, "deploy/systemd/parley.env")["METRICS_ADDR"]; !strings.Contains(readFile(t, scrape), `targets: [`+addr+`]`) {
+		t.Errorf("the unit serves metrics at %s, and Prometheus asks elsewhere", addr)
+	}
+}
+
+func TestDashboard(t *testing.T) {
+	const file = "deploy/grafana/parley.json"
+	type target struct{ Expr, LegendFormat string }
+	var dashboard struct {
+		Panels []struct {
+			ID      int
+			Title   string
+			Type    string
+			GridPos struct{ X, Y, W, H int }
+			Targets []target
+		}
+		Annotations struct{ List []struct{ Expr string } }
+		Templating  struct{ List []struct{ Name, Type, Query string } }
+	}
+	if err := json.Unmarshal([]byte(readFile(t, file)), &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	served := servedMetrics(t)
+	var queries []string
+	for _, v := range dashboard.Templating.List {
+		if v.Type == "query" {
+			checkQuery(t, "variable "+v.Name, v.Query, served)
+		}
+	}
+	for _, a := range dashboard.Annotations.List {
+		checkQuery(t, "annotation", a.Expr, served)
+		queries = append(queries, a.Expr)
+	}
+	ids := map[int]bool{}
+	for _, p := range dashboard.Panels {
+		if ids[p.ID] || p.GridPos.X+p.GridPos.W > 24 {
+			t.Errorf("panel %q: its ID is another's, or it is off the grid", p.Title)
+		}
+		ids[p.ID] = true
+		if p.Type != "row" && len(p.Targets) == 0 {
+			t.Errorf("panel %q shows nothing", p.Title)
+		}
+		for _, q := range p.Targets {
+			checkQuery(t, p.Title, q.Expr, served)
+			queries = append(queries, q.Expr)
+			// A legend names labels that are left of the query's.
+			for _, name := range regexp.MustCompile(`\{\{(\w+)\}\}`).FindAllStringSubmatch(q.LegendFormat, -1) {
+				grouped := strings.Contains(q.Expr, " by (")
+				if grouped && !regexp.MustCompile(`by \([^)]*\b`+name[1]+`\b`).MatchString(q.Expr) || !grouped && name[1] != "instance" {
+					t.Errorf("panel %q: the legend names %s, which is not in %s", p.Title, name[1], q.Expr)
+				}
+			}
+		}
+	}
+
+	// Prometheus understands each, once Grafana has put in what it puts in.
+	fill := strings.NewReplacer("$__rate_interval", "5m", "$instance", ".*", "$job", "parley")
+	group := alertGroup{Name: "dashboard"}
+	for i, q := range queries {
+		group.Rules = append(group.Rules, alertRule{Record: fmt.Sprint("dashboard:query:", i), Expr: fill.Replace(q)})
+	}
+	text, err := yaml.Marshal(alertRules{[]alertGroup{group}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules := filepath.Join(t.TempDir(), "rules.yaml")
+	writeFile(t, rules, string(text))
+	promtool(t, "check", "rules", rules)
+}
