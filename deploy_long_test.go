@@ -12,12 +12,31 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/uuid"
 	"go.yaml.in/yaml/v3"
 )
 
 func TestLongNginxIdle(t *testing.T) { testProxyIdle(t, startNginx) }
 func TestLongCaddyIdle(t *testing.T) { testProxyIdle(t, startCaddy) }
+
+// testProxyIdle keeps a WebSocket silent for longer than proxies wait by
+// themselves.
+func testProxyIdle(t *testing.T, start startProxy) {
+	t.Parallel()
+	server := startBinary(t, "HEARTBEAT=10m", "TRUSTED_PROXIES=127.0.0.1")
+	p := start(t, strings.TrimPrefix(server.base, "http://"))
+	client := p.from("127.0.0.2")
+	appID := uuid.NewString()
+	a, b := p.seat(client, appID, "A", "a"), p.seat(client, appID, "B", "b")
+	b.awaits(`{"type":"room_full"`)
+	time.Sleep(75 * time.Second)
+	a.send(`{"type":"offer","sdp":"after a while"}`)
+	b.awaits(`{"type":"offer","sdp":"after a while"}`)
+	b.send(`{"type":"answer"}`)
+	a.awaits(`{"type":"answer"}`)
+}
 
 // What an image may be: the binary, and the roots of certificates that Alpine
 // ships in 220 KiB.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pion/stun/v3"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -351,5 +353,52 @@ func readYAML(t *testing.T, file string, into any) {
 	t.Helper()
 	if err := yaml.Unmarshal([]byte(readFile(t, file)), into); err != nil {
 		t.Fatalf("%s: %v", file, err)
+	}
+}
+
+// coturn with our settings takes parley's credentials, and relays to nobody in
+// the networks that it stands in.
+func TestTurnserverConf(t *testing.T) {
+	t.Parallel()
+	dir, port := t.TempDir(), freePort(t)
+	conf := filepath.Join(dir, "turnserver.conf")
+	writeFile(t, conf, rendered(t, "deploy/turnserver.conf", "listening-port=3478", "listening-port="+port)+
+		"realm=parley.test\nstatic-auth-secret="+coturnSecret+"\nlistening-ip=127.0.0.1\nrelay-ip=127.0.0.1\n")
+	out := startProgram(t, "127.0.0.1:"+port, nil, needTool(t, "turnserver"), "-c", conf, "--log-file=stdout",
+		"--userdb="+filepath.Join(dir, "turndb"), "--pidfile="+filepath.Join(dir, "pid"))
+	if text := out.String(); strings.Contains(text, "Bad configuration format") || strings.Contains(text, "WARNING: unknown") {
+		t.Errorf("coturn complains:\n%s", text)
+	}
+	server := startBinary(t, "STUN_URLS=stun:127.0.0.1:"+port, "TURN_URLS=turn:127.0.0.1:"+port, "TURN_SECRET="+coturnSecret)
+	var said strings.Builder
+	if runCheck([]string{server.base}, &said, &said) != 0 || !strings.Contains(said.String(), " relays, from ") {
+		t.Errorf("parley check says\n%s", said.String())
+	}
+
+	_, _, servers := mintWithServers(t.Context(), t, server)
+	turn := servers[len(servers)-1]
+	uri, err := stun.ParseURI(turn.URLs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	uri.Username, uri.Password = turn.Username, turn.Credential
+	client, closeAll, err := dialICE(uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll()
+	relayed, err := client.Allocate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relayed.Close()
+	for ip, allowed := range map[string]bool{
+		"203.0.113.1": true, "127.0.0.1": false, "10.0.0.1": false, "172.16.0.1": false, "192.168.1.1": false,
+		"169.254.169.254": false, "100.64.0.1": false, "0.0.0.0": false, "224.0.0.1": false,
+	} {
+		err := client.CreatePermission(&net.UDPAddr{IP: net.ParseIP(ip), Port: 80})
+		if (err == nil) != allowed {
+			t.Errorf("a peer at %s: %v", ip, err)
+		}
 	}
 }

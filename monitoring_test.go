@@ -144,7 +144,9 @@ func TestDashboard(t *testing.T) {
 			Targets []target
 		}
 		Annotations struct{ List []struct{ Expr string } }
-		Templating  struct{ List []struct{ Name, Type, Query string } }
+		Templating  struct {
+			List []struct{ Name, Type, Query string }
+		}
 	}
 	if err := json.Unmarshal([]byte(readFile(t, file)), &dashboard); err != nil {
 		t.Fatal(err)

@@ -16,7 +16,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
@@ -307,21 +306,4 @@ func testProxy(t *testing.T, start startProxy) {
 			t.Errorf("the proxy logs a secret:\n%s", logs)
 		}
 	}
-}
-
-// testProxyIdle keeps a WebSocket silent for longer than proxies wait by
-// themselves.
-func testProxyIdle(t *testing.T, start startProxy) {
-	t.Parallel()
-	server := startBinary(t, "HEARTBEAT=10m", "TRUSTED_PROXIES=127.0.0.1")
-	p := start(t, strings.TrimPrefix(server.base, "http://"))
-	client := p.from("127.0.0.2")
-	appID := uuid.NewString()
-	a, b := p.seat(client, appID, "A", "a"), p.seat(client, appID, "B", "b")
-	b.awaits(`{"type":"room_full"`)
-	time.Sleep(75 * time.Second)
-	a.send(`{"type":"offer","sdp":"after a while"}`)
-	b.awaits(`{"type":"offer","sdp":"after a while"}`)
-	b.send(`{"type":"answer"}`)
-	a.awaits(`{"type":"answer"}`)
 }
