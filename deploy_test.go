@@ -364,7 +364,7 @@ func TestTurnserverConf(t *testing.T) {
 	conf := filepath.Join(dir, "turnserver.conf")
 	writeFile(t, conf, rendered(t, "deploy/turnserver.conf", "listening-port=3478", "listening-port="+port)+
 		"realm=parley.test\nstatic-auth-secret="+coturnSecret+"\nlistening-ip=127.0.0.1\nrelay-ip=127.0.0.1\n")
-	out := startProgram(t, "127.0.0.1:"+port, nil, needTool(t, "turnserver"), "-c", conf, "--log-file=stdout",
+	out := startProgram(t, "127.0.0.1:"+port, nil, needTool(t, "turnserver"), "-c", conf,
 		"--userdb="+filepath.Join(dir, "turndb"), "--pidfile="+filepath.Join(dir, "pid"))
 	if text := out.String(); strings.Contains(text, "Bad configuration format") || strings.Contains(text, "WARNING: unknown") {
 		t.Errorf("coturn complains:\n%s", text)

@@ -14,8 +14,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
@@ -101,10 +103,8 @@ func startCaddy(t *testing.T, upstream string) *proxy {
 	dir := t.TempDir()
 	addr := "127.0.0.1:" + freePort(t)
 	file := filepath.Join(dir, "Caddyfile")
-	// Of the first brace: nothing else is to be listened on. The test's patience
-	// is less than that of clients.
-	writeFile(t, file, strings.Replace(rendered(t, "deploy/Caddyfile", "lb_try_duration 10s", "lb_try_duration 1s"),
-		"\n{\n", "\n{\nadmin off\ndefault_bind 127.0.0.1\n", 1))
+	// Nothing else is to be listened on.
+	writeFile(t, file, strings.Replace(readFile(t, "deploy/Caddyfile"), "\n{\n", "\n{\nadmin off\ndefault_bind 127.0.0.1\n", 1))
 	out := startProgram(t, addr, []string{"HOME=" + dir, "DOMAIN=http://" + addr, "UPSTREAM=" + upstream},
 		needTool(t, "caddy"), "run", "--adapter", "caddyfile", "--config", file)
 	return &proxy{t: t, base: "http://" + addr, logs: out.String}
@@ -226,6 +226,31 @@ func TestCaddy(t *testing.T) {
 	testProxy(t, startCaddy)
 }
 
+// Calls that come while the server is restarted are answered once it is back.
+func TestCaddyWaits(t *testing.T) {
+	t.Parallel()
+	server := startBinary(t, "TRUSTED_PROXIES=127.0.0.1")
+	p := startCaddy(t, strings.TrimPrefix(server.base, "http://"))
+	server.kill()
+	var status int
+	var calling sync.WaitGroup
+	calling.Go(func() {
+		res, err := p.from("127.0.0.2").Post(p.base+"/rendezvous/code", "", nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		res.Body.Close()
+		status = res.StatusCode
+	})
+	time.Sleep(time.Second)
+	server.restart()
+	calling.Wait()
+	if status != http.StatusOK {
+		t.Errorf("minting meanwhile: %d", status)
+	}
+}
+
 func testProxy(t *testing.T, start startProxy) {
 	server := startBinary(t, "DEV=false", "DEMO=true", "ROOMS=open", "TRUSTED_PROXIES=127.0.0.1", "REDEEM_FAILS=3")
 	p := start(t, strings.TrimPrefix(server.base, "http://"))
@@ -295,11 +320,15 @@ func testProxy(t *testing.T, start startProxy) {
 	for _, c := range []*wsClient{a, b, member} {
 		<-c.done
 	}
+	var dialing sync.WaitGroup
 	for _, q := range []url.Values{{"sid": {secret}}, {"password": {secret}}, {"resume": {join.Resume}}} {
-		if _, err := p.dial(bob, "/ws", q); err == nil || !strings.Contains(err.Error(), "502") {
-			t.Errorf("without a server: %v", err)
-		}
+		dialing.Go(func() {
+			if _, err := p.dial(bob, "/ws", q); err == nil || !strings.Contains(err.Error(), "502") {
+				t.Errorf("without a server: %v", err)
+			}
+		})
 	}
+	dialing.Wait()
 	eventually(t, "the proxy logs that nobody is there", func() bool { return strings.Contains(p.logs(), "502") })
 	for _, s := range []string{secret, join.Resume} {
 		if logs := p.logs(); strings.Contains(logs, s) || strings.Contains(logs, url.QueryEscape(s)) {
