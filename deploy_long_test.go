@@ -161,18 +161,37 @@ func copyContext(t *testing.T, dir string) {
 	}
 }
 
+// verify runs deploy/verify and returns what it prints.
+func verify(t *testing.T, args ...string) (out string) {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"-C", "deploy/verify", "run", "."}, args...)...)
+	cmd.Env = append(os.Environ(), "DOMAIN=parley.example", "TURN_SECRET=a secret")
+	stderr := new(lockedBuffer)
+	cmd.Stderr = stderr
+	printed, err := cmd.Output()
+	if err != nil {
+		t.Errorf("verify %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	}
+	return string(printed)
+}
+
+func TestLongDockerFiles(t *testing.T) {
+	verify(t, "dockerfile", "../../Dockerfile")
+	for _, files := range composeStacks() {
+		args := []string{"compose"}
+		for _, file := range files {
+			args = append(args, "../../"+file)
+		}
+		verify(t, args...)
+	}
+}
+
 // Each kustomization builds, of fields that Kubernetes has, into pods that a
 // namespace for restricted ones takes; and what it sets for parley are settings.
 func TestLongKubernetes(t *testing.T) {
 	for _, dir := range []string{"base", "overlays/tailscale"} {
-		verify := exec.Command("go", "-C", "deploy/kubernetes/verify", "run", ".", "../"+dir)
-		verify.Stderr = new(lockedBuffer)
-		out, err := verify.Output()
-		if err != nil {
-			t.Fatalf("%s: %v\n%s", dir, err, verify.Stderr)
-		}
-		found := false
-		for manifest := range strings.SplitSeq(string(out), "\n---\n") {
+		out, found := verify(t, "kubernetes", "../kubernetes/"+dir), false
+		for manifest := range strings.SplitSeq(out, "\n---\n") {
 			var configMap struct {
 				Kind string
 				Data map[string]string

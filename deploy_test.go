@@ -171,11 +171,15 @@ func readCompose(t *testing.T, file string) (c composeFile) {
 	return c
 }
 
-func TestComposeFiles(t *testing.T) {
-	stacks := [][]string{{"docker-compose.yml"}, {"deploy/compose/caddy.yaml"},
+// composeStacks are the compose files that are used together.
+func composeStacks() [][]string {
+	return [][]string{{"docker-compose.yml"}, {"deploy/compose/caddy.yaml"},
 		{"deploy/compose/caddy.yaml", "deploy/compose/coturn.yaml"}, {"deploy/compose/redis.yaml"}}
+}
+
+func TestComposeFiles(t *testing.T) {
 	var used []string
-	for _, files := range stacks {
+	for _, files := range composeStacks() {
 		where := strings.Join(files, " and ")
 		used = append(used, files...)
 		stack := composed(t, files...)

@@ -1,15 +1,8 @@
-// Command verify builds kustomizations as kubectl kustomize does, and fails
-// unless every object has only fields that Kubernetes knows, and every pod meets
-// the Pod Security Standard "restricted". It prints the objects.
-//
-// It is a module of its own: what it brings does not belong among what a server
-// on the open internet is built from.
 package main
 
 import (
 	"errors"
 	"fmt"
-	"os"
 	"reflect"
 
 	corev1 "k8s.io/api/core/v1"
@@ -23,21 +16,10 @@ import (
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 )
 
-func main() {
-	var problems []error
-	for _, dir := range os.Args[1:] {
-		if err := verify(dir); err != nil {
-			problems = append(problems, fmt.Errorf("%s: %w", dir, err))
-		}
-	}
-	if err := errors.Join(problems...); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
-
-// verify builds the kustomization in dir and prints it.
-func verify(dir string) error {
+// verifyKubernetes builds the kustomization in dir as kubectl kustomize does and
+// prints it. It fails unless every object has only fields that Kubernetes knows,
+// and every pod meets the Pod Security Standard "restricted".
+func verifyKubernetes(dir string) error {
 	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
 	if err != nil {
 		return err
