@@ -20,5 +20,5 @@ ENV DEV=false DEMO=true
 # A number, so that Kubernetes can tell that it is not root.
 USER 65532:65532
 EXPOSE 1234
-HEALTHCHECK --timeout=5s --start-period=10s CMD ["/parley", "healthcheck"]
+HEALTHCHECK --interval=10s --timeout=5s CMD ["/parley", "healthcheck"]
 ENTRYPOINT ["/parley"]

@@ -251,6 +251,20 @@ func TestCaddyWaits(t *testing.T) {
 	}
 }
 
+// Of two instances that share a Redis one may go: nobody who calls notices.
+func TestCaddyFleet(t *testing.T) {
+	t.Parallel()
+	f := startFleet(t, 2, "redis://"+startRedis(t).addr, "TRUSTED_PROXIES=127.0.0.1")
+	p := startCaddy(t, strings.TrimPrefix(f.all[0].base, "http://")+" "+strings.TrimPrefix(f.all[1].base, "http://"))
+	f.all[0].kill()
+	ada := p.from("127.0.0.2")
+	for range 10 {
+		if status := p.call(ada, http.MethodPost, "/rendezvous/code", "", nil); status != http.StatusOK {
+			t.Errorf("minting: %d", status)
+		}
+	}
+}
+
 func testProxy(t *testing.T, start startProxy) {
 	server := startBinary(t, "DEV=false", "DEMO=true", "ROOMS=open", "TRUSTED_PROXIES=127.0.0.1", "REDEEM_FAILS=3")
 	p := start(t, strings.TrimPrefix(server.base, "http://"))
