@@ -104,7 +104,7 @@ func checkStatic(t *testing.T, arch, binary string) {
 // environment.
 func checkImageRuns(t *testing.T, binary string) {
 	t.Helper()
-	port := freePort(t)
+	port := quietPort(t)
 	var env []string
 	for name, value := range imageEnvironment(t) {
 		env = append(env, name+"="+value)

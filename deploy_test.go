@@ -364,7 +364,7 @@ func readYAML(t *testing.T, file string, into any) {
 // the networks that it stands in.
 func TestTurnserverConf(t *testing.T) {
 	t.Parallel()
-	dir, port := t.TempDir(), freePort(t)
+	dir, port := t.TempDir(), quietPort(t)
 	conf := filepath.Join(dir, "turnserver.conf")
 	writeFile(t, conf, rendered(t, "deploy/turnserver.conf", "listening-port=3478", "listening-port="+port)+
 		"realm=parley.test\nstatic-auth-secret="+coturnSecret+"\nlistening-ip=127.0.0.1\nrelay-ip=127.0.0.1\n")

@@ -7,12 +7,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -76,11 +78,11 @@ func startNginx(t *testing.T, upstream string) *proxy {
 	t.Helper()
 	dir := t.TempDir()
 	pair := writePair(t, dir, 1)
-	port := freePort(t)
+	port := quietPort(t)
 	writeFile(t, filepath.Join(dir, "parley.conf"), rendered(t, "deploy/nginx.conf",
 		"server 127.0.0.1:1234;", "server "+upstream+";",
 		"listen 443 ssl;", "listen 127.0.0.1:"+port+" ssl;",
-		"listen 80;", "listen 127.0.0.1:"+freePort(t)+";",
+		"listen 80;", "listen 127.0.0.1:"+quietPort(t)+";",
 		"listen [::]:443 ssl;", "", "listen [::]:80;", "",
 		"/etc/letsencrypt/live/parley.example/fullchain.pem", pair.certFile,
 		"/etc/letsencrypt/live/parley.example/privkey.pem", pair.keyFile,
@@ -101,13 +103,28 @@ func startNginx(t *testing.T, upstream string) *proxy {
 func startCaddy(t *testing.T, upstream string) *proxy {
 	t.Helper()
 	dir := t.TempDir()
-	addr := "127.0.0.1:" + freePort(t)
+	addr := "127.0.0.1:" + quietPort(t)
 	file := filepath.Join(dir, "Caddyfile")
 	// Nothing else is to be listened on.
 	writeFile(t, file, strings.Replace(readFile(t, "deploy/Caddyfile"), "\n{\n", "\n{\nadmin off\ndefault_bind 127.0.0.1\n", 1))
 	out := startProgram(t, addr, []string{"HOME=" + dir, "DOMAIN=http://" + addr, "UPSTREAM=" + upstream},
 		needTool(t, "caddy"), "run", "--adapter", "caddyfile", "--config", file)
 	return &proxy{t: t, base: "http://" + addr, logs: out.String}
+}
+
+// quietPort returns a port that is free, and that no connection is given as its
+// own before a program listens there.
+func quietPort(t *testing.T) string {
+	t.Helper()
+	for range 50 {
+		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // Linux begins at 32768
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port")
+	return ""
 }
 
 // startProgram runs a program until the test ends, and waits until it listens.
