@@ -20,14 +20,11 @@ import (
 
 // What deploy/ and the files beside the code tell others to run.
 
-// notOurs are the variables that parley does not read and its runtime does.
-var notOurs = []string{"GOMEMLIMIT"}
-
 // checkSettings fails unless parley would start with these variables, and knows
 // each of them.
 func checkSettings(t *testing.T, where string, env map[string]string) *config {
 	t.Helper()
-	known := slices.Clone(notOurs)
+	known := []string{"GOMEMLIMIT"} // which Go's runtime reads
 	for _, o := range configOptions(new(config)) {
 		known = append(known, o.names()...)
 	}
