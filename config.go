@@ -188,9 +188,9 @@ func configOptions(c *config) []option {
 		{name: "WS_MAX_MSG", def: "1048576", optionValue: sizeOption(&c.maxMessage, 1<<10, 64<<20),
 			help: "largest WebSocket message, in bytes"},
 		{name: "WS_READ_BUF", def: "4096", optionValue: sizeOption(&c.readBuf, 256, 1<<20),
-			help: "bytes of the pooled buffer that a connection borrows while it reads"},
+			help: "bytes of the pooled buffer that a connection borrows while it reads; four times as many while that is too few"},
 		{name: "WS_WRITE_BUF", def: "4096", optionValue: sizeOption(&c.writeBuf, 256, 1<<20),
-			help: "bytes of the pooled buffer that a connection borrows while it writes"},
+			help: "bytes of the pooled buffer that a connection borrows while it writes; four times as many while that is too few"},
 
 		{name: "CORS_ORIGINS", alias: "ALLOWED_ORIGINS", optionValue: listOption(&c.corsOrigins, parseOrigin, sameText),
 			help: "browser origins that may call while DEV=false, besides the server's own: https://host[:port] or bare host names, separated by commas"},

@@ -43,11 +43,15 @@ const (
 	takeFrames     = 32               // frames taken from the mailbox at once
 )
 
+// burstFactor is how much larger buffers are while there is more to read or write
+// than fits into them: in a burst most of the time goes into system calls.
+const burstFactor = 4
+
 // connOptions are what all connections of a server share.
 type connOptions struct {
 	heartbeat           time.Duration
 	maxMessage          int // bytes
-	readSize, writeSize int // bytes of the borrowed buffers
+	readSize, writeSize int // bytes of the borrowed buffers, but in a burst
 	buffers             *bufferPool
 	outboxes            *sync.Pool
 	queued              *budget
@@ -90,6 +94,7 @@ type conn struct {
 	began     int64   // when the message was begun, since start
 	one       [1]byte // where a byte is waited for that cannot be polled for
 	once      bool    // poll does not wait
+	brimful   bool    // the last read filled its buffer: there is more
 	boundary  bool    // the library stands between two messages
 	inMessage bool    // a message has begun and not ended
 	deadline  bool    // a read deadline is set
@@ -265,8 +270,13 @@ func (c *conn) wait() error {
 // pollRead reads what is there into a borrowed buffer, or sets readErr. It
 // returns false when there is nothing yet, to be called again when there is.
 func (c *conn) pollRead(fd uintptr) bool {
-	buf := c.buffers.get(c.readSize)
-	n, err := sysRead(fd, buf.b[:c.readSize])
+	size := c.readSize
+	if c.brimful {
+		size *= burstFactor
+	}
+	buf := c.buffers.get(size)
+	n, err := sysRead(fd, buf.b[:size])
+	c.brimful = n >= c.readSize
 	if wouldBlock(err) {
 		buf.free()
 		c.readErr = nil
@@ -508,6 +518,7 @@ type outbox struct {
 	frames  []frame // taken from the source; those before next are written, or in buf
 	next    int
 	more    bool   // the source may have more
+	full    bool   // there was more than buf took
 	big     []byte // data of frames[next], too large to copy: goes after buf
 	tail    string // goes after big
 	partial bool   // big has gone, tail has not
@@ -548,7 +559,7 @@ func (o *outbox) reset() {
 	o.drop()
 	clear(o.frames)
 	o.buf, o.frames, o.next = o.buf[:0], o.frames[:0], 0
-	o.more, o.big, o.tail, o.partial, o.rest = true, nil, "", false, nil
+	o.more, o.full, o.big, o.tail, o.partial, o.rest = true, false, nil, "", false, nil
 }
 
 // wake writes what is new, or leaves it to whoever is writing now. It never
@@ -587,7 +598,7 @@ func (c *conn) write() {
 
 // putOutbox gives o back, unless answers made it grow.
 func (c *conn) putOutbox(o *outbox) {
-	if o.reset(); cap(o.buf) <= 2*c.writeSize {
+	if o.reset(); cap(o.buf) <= burstFactor*c.writeSize {
 		c.outboxes.Put(o)
 	}
 }
@@ -672,7 +683,10 @@ func (c *conn) fill(o *outbox) bool {
 		o.rest, o.big, o.partial = o.big, nil, true
 		return true
 	}
-	o.buf = o.buf[:0]
+	if o.full && cap(o.buf) < burstFactor*c.writeSize {
+		o.buf = make([]byte, 0, burstFactor*c.writeSize)
+	}
+	o.buf, o.full = o.buf[:0], false
 	if o.partial {
 		o.buf = append(o.buf, o.tail...)
 		o.partial = false
@@ -704,7 +718,10 @@ func (c *conn) stage(o *outbox) {
 	for {
 		if o.next == len(o.frames) {
 			room := cap(o.buf) - len(o.buf)
-			if !o.more || room < cap(o.buf)/4 {
+			if !o.more {
+				return
+			} else if room < cap(o.buf)/4 {
+				o.full = true
 				return
 			}
 			o.frames, o.more = c.src.take(o.frames[:0], room)
@@ -733,6 +750,7 @@ func (c *conn) stageMessage(o *outbox, f *frame) bool {
 	size := len(head) + len(f.data) + len(tail)
 	fits := len(o.buf)+maxHeader+size <= cap(o.buf)
 	if !fits && len(o.buf) > 0 {
+		o.full = true
 		return false
 	}
 	op := byte(opText)

@@ -281,8 +281,9 @@ func (f *frame) keep() {
 	}
 }
 
-// trim moves the data out of its pooled buffer if that is far too large: the
-// frame waits with many others. Else a burst would allocate for each.
+// trim moves the data out of its pooled buffer if that is more than twice as
+// large: the frame waits with many others. To do so for each would cost a burst,
+// and the end of a slow reader, as many allocations.
 func (f *frame) trim() {
 	if f.buf != nil && len(f.buf.b) > 2*len(f.data) {
 		f.keep()

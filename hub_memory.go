@@ -877,7 +877,7 @@ func (s *memorySlot) vacate(h *memoryHub) {
 	s.holder = nil
 	s.dropPresence(h)
 	for i := range s.queue.waiting() {
-		s.queue.waiting()[i].keep()
+		s.queue.waiting()[i].trim()
 	}
 	s.holding = false
 }
