@@ -45,6 +45,12 @@ func TestDemo(t *testing.T) {
 	}
 }
 
+// TestExampleBrowser has two pages of another origin chat, as the example does.
+func TestExampleBrowser(t *testing.T) {
+	t.Parallel()
+	runNode(t, "examples.test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+}
+
 func needChromium(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath(cmp.Or(os.Getenv("CHROMIUM"), "chromium"))
