@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"unicode"
 )
 
 // What the documents list is the code's: the tests here read both, and neither
@@ -549,52 +548,4 @@ func documents(t testing.TB) (files []string) {
 		files = append(files, matches...)
 	}
 	return files
-}
-
-// --- Links.
-
-var (
-	docLink     = regexp.MustCompile(`\]\(([^)\s]+)\)`)
-	docHeading  = regexp.MustCompile(`(?m)^#+ (.*)$`)
-	fencedBlock = regexp.MustCompile("(?ms)^```.*?^```$")
-)
-
-// anchors returns the fragments that GitHub gives to a document's headings.
-func anchors(text string) (anchors []string) {
-	for _, m := range docHeading.FindAllStringSubmatch(fencedBlock.ReplaceAllString(text, ""), -1) {
-		anchor := strings.Map(func(r rune) rune {
-			switch {
-			case r == ' ':
-				return '-'
-			case r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r):
-				return unicode.ToLower(r)
-			}
-			return -1
-		}, m[1])
-		anchors = append(anchors, anchor)
-	}
-	return anchors
-}
-
-// Links from a document to files of the repository, and to headings, lead
-// somewhere.
-func TestDocsLinks(t *testing.T) {
-	for _, file := range documents(t) {
-		text := readDoc(t, file)
-		for _, m := range docLink.FindAllStringSubmatch(fencedBlock.ReplaceAllString(text, ""), -1) {
-			target, fragment, _ := strings.Cut(m[1], "#")
-			if strings.Contains(target, ":") { // elsewhere
-				continue
-			}
-			linked := file
-			if target != "" {
-				linked = filepath.Join(filepath.Dir(file), target)
-			}
-			if _, err := os.Stat(linked); err != nil {
-				t.Errorf("%s links to %s, which is not there", file, m[1])
-			} else if fragment != "" && !slices.Contains(anchors(readDoc(t, linked)), fragment) {
-				t.Errorf("%s links to %s, and %s has no such heading", file, m[1], linked)
-			}
-		}
-	}
 }
