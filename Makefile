@@ -10,6 +10,8 @@ NEEDS := \
 	gcc:build-essential \
 	node:nodejs \
 	npm:npm \
+	curl:curl \
+	git:git \
 	turnserver:coturn \
 	redis-server:redis-server \
 	chromium:chromium \
@@ -18,13 +20,17 @@ NEEDS := \
 	promtool:prometheus \
 	systemd-analyze:systemd
 
+# What a release is built for, and where to.
+PLATFORMS := linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64
+DIST ?= dist
+
 FUZZTIME ?= 30s
 BENCH ?= .
 
 # npm ci again only when the packages asked for have changed.
 E2E := $(if $(wildcard e2e/package.json),e2e/node_modules/.installed)
 
-.PHONY: test test-long lint bench tools
+.PHONY: test test-long fuzz lint bench dist tools
 
 test: tools $(E2E)
 	go test -race -count=1 -timeout 10m ./...
@@ -33,6 +39,10 @@ test: tools $(E2E)
 # tag long and have Long in their names. After them, each fuzz target.
 test-long: tools $(E2E)
 	go test -race -count=1 -tags long -run Long -timeout 40m ./...
+	@bash -c "$$fuzz_script"
+
+# FUZZTIME for each fuzz target.
+fuzz:
 	@bash -c "$$fuzz_script"
 
 lint:
@@ -47,6 +57,10 @@ lint:
 
 bench:
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+# The files of a release: VERSION=v1.2.3 make dist
+dist:
+	@bash -c "$$dist_script"
 
 tools:
 	@bash -c "$$install_script"
@@ -129,3 +143,26 @@ for package in $$packages; do
 done
 endef
 export fuzz_script
+
+# VERSION is read from the environment: a tag can have any name, and make would
+# expand it.
+define dist_script
+set -euo pipefail
+if ! [[ $${VERSION:-} =~ ^v[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.-]+)?$$ ]]; then
+	echo "make: VERSION is '$${VERSION:-}', and must be like v1.2.3 or v1.2.3-rc.1" >&2
+	exit 2
+fi
+rm -rf "$(DIST)"
+mkdir -p "$(DIST)"
+for platform in $(PLATFORMS); do
+	export CGO_ENABLED=0 GOOS=$${platform%/*} GOARCH=$${platform#*/}
+	name=parley-$$VERSION-$$GOOS-$$GOARCH
+	[ "$$GOOS" != windows ] || name+=.exe
+	echo "make: $(DIST)/$$name"
+	go build -trimpath -ldflags "-s -w -X main.version=$$VERSION" -o "$(DIST)/$$name" .
+done
+cp LICENSE "$(DIST)"
+cd "$(DIST)"
+sha256sum parley-* >SHA256SUMS
+endef
+export dist_script
