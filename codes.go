@@ -83,7 +83,7 @@ type codeOptions struct {
 type codeTable struct {
 	// static after construction
 	codeOptions
-	start time.Time // expiries are counted from it
+	start time.Time // expiries are counted from it; told, they are of the clock of now
 
 	mu sync.Mutex
 	// guarded by mu
@@ -151,7 +151,7 @@ func (t *codeTable) Mint(_ context.Context, session sessionID, ttl time.Duration
 	if grown {
 		t.grown(space.digits)
 	}
-	return space.code(n), t.start.Add(expires), nil
+	return space.code(n), time.Now().Add(ttl), nil
 }
 
 // space returns the space to mint from: the first of which less than a
@@ -247,11 +247,11 @@ func (t *codeTable) Redeem(_ context.Context, code string) (sessionID, time.Time
 	case !ok || now >= e.expires:
 		return sessionID{}, time.Time{}, errCodeGone
 	case e.used:
-		return e.session, t.start.Add(e.expires), errCodeUsed
+		return e.session, time.Now().Add(e.expires - now), errCodeUsed
 	}
 	e.used = true
 	t.entries[key] = e
-	return e.session, t.start.Add(e.expires), nil
+	return e.session, time.Now().Add(e.expires - now), nil
 }
 
 func (t *codeTable) Run(ctx context.Context) error {

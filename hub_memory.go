@@ -12,7 +12,7 @@ import (
 const (
 	waitItems   = 64        // relay frames for a seat that is not connected
 	waitBytes   = 256 << 10 // their bytes; an empty queue takes one frame of any size
-	longQueue   = 64 << 10  // past it a connected reader is slow, and its frames will wait
+	longQueue   = 64 << 10  // past it a sender is held back while MAX_QUEUED_BYTES is used up
 	mailItems   = 256
 	mailBytes   = 1 << 20
 	maxPresence = 256 // presence frames for a connection that does not take them
@@ -34,9 +34,14 @@ type hubOptions struct {
 	holdBytes    int           // what may wait for a connected seat of a pair before its sender is held back
 	slowBytes    int           // what may wait for a connected member of a room before it is put out
 	queued       *budget
+	frameCost    int    // what a frame counts for in queued besides its data, in bytes
 	owners       *quota // rooms, and pairs that were created by joining them
 	dropped      func(dropReason, int)
 }
+
+// frameCost is what a frame takes in a memoryHub besides its data, in bytes: itself,
+// and as much again that is free in its queue. Of small ones it is the most.
+const frameCost = 192
 
 // memoryHub is a hub in this process's memory. Each session has its own lock;
 // a shard's lock is only taken to find, create, end and sweep sessions, and
@@ -352,7 +357,7 @@ func (s *memorySlot) empty(h *memoryHub, why dropReason) {
 	for i := range s.queue.waiting() {
 		s.queue.waiting()[i].release()
 	}
-	h.queued.add(-s.queueBytes - s.mailBytes)
+	h.queued.add(-s.queueBytes - s.mailBytes - (s.queue.len()+len(s.mail))*h.frameCost)
 	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = frameQueue{}, 0, 0, nil, 0
 }
 
@@ -530,10 +535,13 @@ func (s *memorySlot) announce(h *memoryHub, e event) nudge {
 	return nudge{s.holder, nil}
 }
 
+// cost is what a frame counts for in the memory that waits.
+func (o *hubOptions) cost(f *frame) int { return f.size() + o.frameCost }
+
 func (s *memorySlot) push(h *memoryHub, f frame) {
 	s.queue.push(f)
 	s.queueBytes += f.size()
-	h.queued.add(f.size())
+	h.queued.add(h.cost(&f))
 }
 
 // dropPresence removes the presence frames: a new connection's view tells it
@@ -551,7 +559,7 @@ func (s *memorySlot) filter(h *memoryHub, keep func(*frame) bool) (removed int) 
 			return true
 		}
 		s.queueBytes -= f.size()
-		h.queued.add(-f.size())
+		h.queued.add(-h.cost(f))
 		f.release()
 		return false
 	})
@@ -672,12 +680,12 @@ func (m *memorySeat) relay(slot *memorySlot, f frame) error {
 			h.dropped(dropPeerAbsent, 1)
 			return errPeerAbsent
 		}
-		if !h.queued.spare(f.size()) {
+		if !h.queued.spare(h.cost(&f)) {
 			h.dropped(dropOverCapacity, 1)
 			return errOverCapacity
 		}
 		f.keep()
-	} else if slot.queueBytes > longQueue {
+	} else if slot.queue.len() >= takeFrames { // more than its next write takes
 		f.trim()
 	}
 	slot.push(h, f)
@@ -707,7 +715,7 @@ func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 		m.slot.ids.refuse(f.id)
 		return 0, errMailFull
 	}
-	if slot.holder == nil && !h.queued.spare(f.size()) {
+	if slot.holder == nil && !h.queued.spare(h.cost(&f)) {
 		h.dropped(dropOverCapacity, 1)
 		m.slot.ids.refuse(f.id)
 		return 0, errOverCapacity
@@ -717,7 +725,7 @@ func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
 	f.seq = slot.lastSeq
 	slot.mail = append(slot.mail, f)
 	slot.mailBytes += f.size()
-	h.queued.add(f.size())
+	h.queued.add(h.cost(&f))
 	m.slot.ids.store(f.id, f.seq)
 	return f.seq, nil
 }
@@ -779,7 +787,7 @@ func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame,
 	}
 	slot.queue.shift(n)
 	slot.queueBytes -= size
-	h.queued.add(-size)
+	h.queued.add(-size - n*h.frameCost)
 	if after != noMail && !more {
 		for i := range slot.mail {
 			if f := &slot.mail[i]; f.seq > after {
@@ -823,7 +831,7 @@ func (m *memorySeat) Ack(_ context.Context, upTo uint64) error {
 	n := 0
 	for n < len(slot.mail) && slot.mail[n].seq <= upTo {
 		slot.mailBytes -= slot.mail[n].size()
-		s.hub.queued.add(-slot.mail[n].size())
+		s.hub.queued.add(-s.hub.cost(&slot.mail[n]))
 		n++
 	}
 	clear(slot.mail[:n])

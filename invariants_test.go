@@ -118,7 +118,7 @@ func (s *memorySession) invariants() (queued int, err error) {
 		if len(slot.taken) > takeovers {
 			fail("seat %s remembers %d takeovers", slot.name, len(slot.taken))
 		}
-		queued += bytes + mail
+		queued += bytes + mail + (len(waiting)+len(slot.mail))*s.hub.frameCost
 	}
 	return queued, errors.Join(errs...)
 }

@@ -191,6 +191,7 @@ func newParley(cfg *config, log *slog.Logger) *server {
 		s.backend = store
 		return s
 	}
+	o.frameCost = frameCost
 	table, h := newCodeTable(code), newMemoryHub(o)
 	m.watch(gauges{
 		codes:    table.stats,

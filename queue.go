@@ -1,7 +1,5 @@
 package main
 
-import "slices"
-
 // A frameQueue holds frames in the order they came. Its memory is used again,
 // so that frames which come as fast as others are taken cost no allocation.
 type frameQueue struct {
@@ -21,15 +19,16 @@ func (q *frameQueue) push(f frame) {
 	q.frames = append(q.frames, f)
 }
 
-// makeRoom moves what waits to the front, if at least as much is free there, or
-// doubles the space.
+// makeRoom moves what waits to the front, if at least as much is free there, but
+// not so much more that a burst must be over; else there is twice the space that
+// what waits takes.
 func (q *frameQueue) makeRoom() {
-	if n := q.len(); q.head >= n && n > 0 {
+	if n := q.len(); q.head >= n && cap(q.frames) <= max(4*n, 2*waitItems) {
 		copy(q.frames, q.waiting())
 		clear(q.frames[n:])
 		q.frames = q.frames[:n]
 	} else {
-		q.frames = slices.Grow(q.waiting(), max(1, n))
+		q.frames = append(make([]frame, 0, max(1, 2*n)), q.waiting()...)
 	}
 	q.head = 0
 }

@@ -62,6 +62,16 @@ func TestFrameQueueMemory(t *testing.T) {
 	if q.shift(q.len()); cap(q.frames) != 0 {
 		t.Errorf("an empty queue has room for %d", cap(q.frames))
 	}
+	// One that is never quite empty shrinks as well.
+	pushes(&q, 100*waitItems)
+	q.shift(q.len() - 10)
+	for range 100 * waitItems {
+		pushes(&q, 1)
+		q.shift(1)
+	}
+	if cap(q.frames) > 2*waitItems {
+		t.Errorf("a queue of %d has room for %d", q.len(), cap(q.frames))
+	}
 }
 
 func pushes(q *frameQueue, n int) {

@@ -589,8 +589,8 @@ func TestQueuedBytesAreLimited(t *testing.T) {
 			a.send(text)
 			b.want(text)
 		}
-		if got := ts.metric("parley_mailbox_bytes"); got != float64(len(text)) {
-			t.Errorf("%v bytes wait, want %d", got, len(text))
+		if got, want := ts.metric("parley_mailbox_bytes"), float64(len(text)+frameCost); got != want {
+			t.Errorf("%v bytes wait, want %v", got, want)
 		}
 		lone.leave(websocket.StatusNormalClosure)
 		if got := ts.metric("parley_mailbox_bytes"); got != 0 {
