@@ -704,11 +704,11 @@ func TestMetricsMove(t *testing.T) {
 		offer := `{"type":"offer"}`
 		a.send(offer)
 		moved("offer", map[string]float64{`parley_frames_total{direction="in",type="offer"}`: 1, `parley_frame_bytes{direction="in"}`: float64(len(offer)),
-			"parley_mailbox_bytes": float64(len(offer))})
+			"parley_mailbox_bytes": float64(len(offer) + frameCost)})
 		b := ts.join(wsDial{appID: appID, side: "B"})
 		moved("the other joins", map[string]float64{"parley_ws_connections": 1, "parley_ws_connections_total": 1,
 			`parley_frames_total{direction="out",type="offer"}`: 1, `parley_frames_total{direction="out",type="room_full"}`: 2,
-			`parley_frame_bytes{direction="out"}`: float64(len(offer) + 2*len(frameRoomFull)), "parley_mailbox_bytes": -float64(len(offer))})
+			`parley_frame_bytes{direction="out"}`: float64(len(offer) + 2*len(frameRoomFull)), "parley_mailbox_bytes": -float64(len(offer) + frameCost)})
 		bad := "nonsense"
 		b.send(bad)
 		answer := b.settled()

@@ -539,7 +539,11 @@ func newOutboxPool(size int) *sync.Pool {
 	}}
 }
 
-func (o *outbox) attempt(fd uintptr) { o.wrote, o.err = sysWrite(fd, o.rest) }
+// attempt writes no more than is copied in some 50 µs: while it does, the thread
+// can do nothing else.
+func (o *outbox) attempt(fd uintptr) {
+	o.wrote, o.err = sysWrite(fd, o.rest[:min(len(o.rest), 64<<10)])
+}
 
 // pop is done with the next frame.
 func (o *outbox) pop() {

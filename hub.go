@@ -282,8 +282,8 @@ func (f *frame) keep() {
 }
 
 // trim moves the data out of its pooled buffer if that is more than twice as
-// large: the frame waits with many others. To do so for each would cost a burst,
-// and the end of a slow reader, as many allocations.
+// large: the frame waits with many others. Where keep copied each, that was most
+// of the garbage of a burst.
 func (f *frame) trim() {
 	if f.buf != nil && len(f.buf.b) > 2*len(f.data) {
 		f.keep()

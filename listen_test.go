@@ -476,7 +476,7 @@ func TestMetricsAddr(t *testing.T) {
 		b, _ := io.ReadAll(res.Body)
 		return res.StatusCode, string(b)
 	}
-	profiles := []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/goroutine", "/debug/pprof/cmdline", "/debug/pprof/mutex?seconds=1"}
+	profiles := []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/goroutine", "/debug/pprof/mutex?seconds=1"}
 	for _, path := range profiles {
 		if status, _ := get("http://parley.test" + path); status != 404 {
 			t.Errorf("%s: %d in public", path, status)
@@ -499,6 +499,14 @@ func TestMetricsAddr(t *testing.T) {
 		if status, body := get("http://" + apart + path); status != 200 || body == "" {
 			t.Errorf("%s apart: %d %.200s", path, status, body)
 		}
+	}
+	if status, _ := get("http://" + apart + "/debug/pprof/cmdline"); status != 404 {
+		t.Errorf("flags, which may be secrets, are told: %d", status)
+	}
+	page, _ := http.NewRequest(http.MethodGet, "http://"+apart+"/debug/pprof/heap", nil)
+	page.Header.Set("Origin", "http://"+apart)
+	if res, err := ts.http.Do(page); err != nil || res.StatusCode != 404 {
+		t.Errorf("a page may ask for profiles: %v, %v", res, err)
 	}
 }
 

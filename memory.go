@@ -18,7 +18,7 @@ func returnMemory(ctx context.Context) {
 	var last, returned memoryUse
 	every(ctx, memoryLook, func() {
 		now := readMemoryUse()
-		wave, quiet := now.grown(returned), !now.grown(last)
+		wave, quiet := now.allocatedSince(returned) > now.wave(), now.allocatedSince(last) < now.wave()/8
 		if last = now; wave && quiet {
 			debug.FreeOSMemory()
 			returned = now
@@ -47,8 +47,8 @@ func readMemoryUse() memoryUse {
 	return u
 }
 
-// grown reports whether since before so much was allocated that a collection is
-// worth it: it costs as one of every eighth of the heap would.
-func (u memoryUse) grown(before memoryUse) bool {
-	return u.allocated-before.allocated > u.resident/8+4<<20
-}
+func (u memoryUse) allocatedSince(before memoryUse) uint64 { return u.allocated - before.allocated }
+
+// wave is how much must have been allocated for a collection to be worth it: it
+// costs as one of every eighth of the heap would.
+func (u memoryUse) wave() uint64 { return u.resident/8 + 4<<20 }

@@ -42,6 +42,12 @@ func TestReturnMemory(t *testing.T) {
 			sleep(1)
 		}
 		expect("during the wave", 0)
+		for range 20 { // of which each look alone is far from a wave
+			even := make([]byte, readMemoryUse().wave()/4)
+			runtime.KeepAlive(even)
+			sleep(1)
+		}
+		expect("under an even load", 0)
 		sleep(10)
 		expect("after the wave", 1)
 	})

@@ -5,6 +5,7 @@ import (
 	"net/http/pprof"
 	"runtime"
 	"strings"
+	"sync"
 )
 
 // profilesPath is where the listener of METRICS_ADDR has the runtime's profiles
@@ -20,16 +21,22 @@ const (
 )
 
 // withProfiles serves profiles, and everything else by next.
+//
+// There is no cmdline: flags may be secrets. And a page in a browser may ask for
+// none, of whatever origin.
 func withProfiles(next http.Handler) http.Handler {
+	var locks sync.Mutex // held while what a mutex or block profile sets is set
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		name, ok := strings.CutPrefix(r.URL.Path, profilesPath)
 		if !ok {
 			next.ServeHTTP(w, r)
 			return
 		}
+		if len(r.Header["Origin"]) > 0 || name == "cmdline" {
+			http.NotFound(w, r)
+			return
+		}
 		switch name {
-		case "cmdline":
-			pprof.Cmdline(w, r)
 		case "profile":
 			pprof.Profile(w, r)
 		case "symbol":
@@ -39,6 +46,8 @@ func withProfiles(next http.Handler) http.Handler {
 		case "mutex", "block":
 			// Of these there is something to see only for ?seconds=: noting them
 			// always would slow everyone down.
+			locks.Lock()
+			defer locks.Unlock()
 			runtime.SetMutexProfileFraction(mutexFraction)
 			runtime.SetBlockProfileRate(blockRate)
 			defer runtime.SetMutexProfileFraction(0)

@@ -335,9 +335,10 @@ func newFrameDecoderPool() *sync.Pool {
 	}}
 }
 
-// frameOptions: names are unique only where that matters, to decode itself,
-// and the bytes are known to be UTF-8 while escaped lone surrogates, which
-// JavaScript writes, are legal JSON (RFC 8259 section 8.2).
+// frameOptions: names are unique only where that matters, to decode itself. The
+// bytes of a frame are known to be UTF-8, those of a body are as encoding/json has
+// them; and escaped lone surrogates, which JavaScript writes, are legal JSON
+// (RFC 8259 section 8.2).
 var frameOptions = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
 
 // decode checks that data is one valid UTF-8 JSON object with exactly one
@@ -424,7 +425,8 @@ type objectMember struct {
 	value []byte // its JSON text
 }
 
-// get returns the JSON text of the value called name, or nil.
+// get returns the JSON text of the value called name, which may be null, or nil
+// where there is none.
 func (o object) get(name string) []byte {
 	for _, m := range slices.Backward(o) {
 		if m.name == name {

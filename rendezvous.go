@@ -19,11 +19,11 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) erro
 			return err
 		}
 	}
-	object, err := s.readObject(w, r)
+	body, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}
-	ttl, err := readTTL(object, s.cfg.roomTTL)
+	ttl, err := readTTL(body, s.cfg.roomTTL)
 	if err != nil {
 		return err
 	}
@@ -139,14 +139,14 @@ func (s *server) redeemRequest(w http.ResponseWriter, r *http.Request) (code str
 	if err != nil || mediaType != "application/json" && !strings.HasSuffix(mediaType, "+json") {
 		return "", &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_media_type", text: "the Content-Type must be application/json"}
 	}
-	object, err := s.readObject(w, r)
+	body, err := s.readObject(w, r)
 	if err != nil {
 		return "", err
 	}
-	if object == nil {
+	if body == nil {
 		return "", badRequest("bad_json", "the body must be a JSON object")
 	}
-	text, ok := unquote(object.get("code"))
+	text, ok := unquote(body.get("code"))
 	if code = string(text); !ok || !validCode(code) {
 		return "", badRequest("bad_code", "code must be a string of 4 to 9 digits")
 	}

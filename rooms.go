@@ -79,15 +79,15 @@ func (s *server) createRoom(w http.ResponseWriter, r *http.Request, c caller) er
 		token = newSecret()
 		room.Token = sha256.Sum256([]byte(token))
 	}
-	object, err := s.readObject(w, r)
+	body, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}
-	ttl, err := readTTL(object, s.cfg.roomMaxTTL)
+	ttl, err := readTTL(body, s.cfg.roomMaxTTL)
 	if err != nil {
 		return err
 	}
-	set, err := s.readChange(r.Context(), object)
+	set, err := s.readChange(r.Context(), body)
 	if err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func (s *server) readChange(ctx context.Context, o object) (c change, err error)
 	return c, err
 }
 
-// readField reads one field of a request; absent and null leave v nil.
+// readField reads one field of a request; absent and null leave *v nil.
 func readField[T any](o object, name string, v **T) error {
 	raw := o.get(name)
 	if raw == nil {
@@ -219,11 +219,11 @@ func (s *server) changeRoom(w http.ResponseWriter, r *http.Request, c caller) er
 	if err != nil {
 		return err
 	}
-	object, err := s.readObject(w, r)
+	body, err := s.readObject(w, r)
 	if err != nil {
 		return err
 	}
-	set, err := s.readChange(r.Context(), object)
+	set, err := s.readChange(r.Context(), body)
 	if err != nil {
 		return err
 	}

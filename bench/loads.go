@@ -20,7 +20,7 @@ func loads() []load {
 		{"idle", "-conns connections that do nothing for -hold: memory of each, and server CPU of each in this time", (*bench).idle},
 		{"relay", "-pairs pairs that throw one frame to and fro: server CPU of a relayed frame", (*bench).relay},
 		{"latency", "the same pairs at -rate frames a second in all: how long one relay takes", (*bench).latency},
-		{"burst", "one side of -bursting pairs sends as fast as TCP takes it", (*bench).burst},
+		{"burst", "one side of 8 pairs sends as fast as TCP takes it", (*bench).burst},
 		{"pairing", "whole pairings by -workers at a time: mint, redeem, join, offer, answer, 4 candidates each way, leave", (*bench).pairing},
 		{"mint", "codes minted and redeemed by -workers at a time", (*bench).mint},
 		{"slow", "a reader that stops reading, while 20 pairs go on at -rate / 2: what they notice of it", (*bench).slow},

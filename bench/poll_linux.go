@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"net"
 	"os"
 	"runtime"
@@ -142,7 +143,7 @@ func processMeter(pid int) meter {
 			return u, err
 		}
 		// The fields are counted from behind the name, which may hold anything.
-		_, rest, _ := strings.Cut(string(stat), ") ")
+		rest := string(stat[bytes.LastIndexByte(stat, ')')+1:])
 		fields := strings.Fields(rest)
 		if len(fields) < 22 {
 			return u, os.ErrInvalid

@@ -33,12 +33,13 @@ type side struct {
 	raw  syscall.RawConn
 	to   *side
 
-	out    []byte   // still to be written
-	broken bool     // writing failed
-	left   uint64   // bytes of the current frame that are still to come
-	mask   [4]byte  // of this frame, turned to the next byte
-	begun  [14]byte // the beginning of a header
-	nBegun int      // bytes of it
+	out     []byte   // still to be written
+	broken  bool     // writing failed
+	closing bool     // it has sent a close frame
+	left    uint64   // bytes of the current frame that are still to come
+	mask    [4]byte  // of this frame, turned to the next byte
+	begun   [14]byte // the beginning of a header
+	nBegun  int      // bytes of it
 }
 
 func runYardstick(ctx context.Context, args []string, stdout, _ io.Writer) error {
@@ -149,8 +150,8 @@ func (y *yardstick) step(s *side, socket int) (done bool) {
 		if !s.to.write(s.unmask(buf[:kept+n])) {
 			return true
 		}
-		if kept+n < len(buf) {
-			return false // a short read: there is no more
+		if kept+n < len(buf) && !s.closing {
+			return false // a short read: there is no more, but perhaps the end of a connection
 		}
 	}
 }
@@ -206,6 +207,7 @@ func headerSize(b []byte) int {
 // beginFrame reads a header, and takes the mask bit from it.
 func (s *side) beginFrame(header []byte) {
 	header[1] &= 0x7f
+	s.closing = header[0]&0x0f == 8 // RFC 6455 section 5.2
 	switch header[1] {
 	case 126:
 		s.left = uint64(binary.BigEndian.Uint16(header[2:]))
