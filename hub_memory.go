@@ -111,8 +111,8 @@ type memorySlot struct {
 
 	queue      frameQueue // relay and presence frames
 	queueBytes int
-	presence   int  // presence frames in queue
-	holding    bool // a sender waits for the queue to drain
+	presence   int32 // presence frames in queue
+	holding    bool  // a sender waits for the queue to drain
 
 	mail      []frame
 	mailBytes int
@@ -351,7 +351,7 @@ func (sh *memoryShard) end(s *memorySession, why error) (out nudges) {
 
 // empty drops all that waits for a slot, which nobody will come back to.
 func (s *memorySlot) empty(h *memoryHub, why dropReason) {
-	if n := len(s.mail) + s.queue.len() - s.presence; n > 0 {
+	if n := len(s.mail) + s.queue.len() - int(s.presence); n > 0 {
 		h.dropped(why, n)
 	}
 	for i := range s.queue.waiting() {

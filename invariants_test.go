@@ -82,7 +82,7 @@ func (s *memorySession) invariants() (queued int, err error) {
 		if slot.away != nil && slot.claim == (claim{}) {
 			fail("seat %s is reserved for nobody", slot.name)
 		}
-		bytes, presence := 0, 0
+		bytes, presence := 0, int32(0)
 		waiting := slot.queue.waiting()
 		for j := range waiting {
 			f := &waiting[j]

@@ -31,14 +31,13 @@ type client struct {
 	remote *remoteSeat // how seat is held where the hub is not in this process, else nil
 
 	session sessionID
+	network network // whose connection it is
 	v1      bool
 
-	network network // whose connection it is
-
-	// Where this connection is in its mail: the highest seq it was sent or said
-	// it has, and whether delivery has begun.
-	cursor    atomic.Uint64
+	// Whether delivery of mail has begun, and where this connection is in it: the
+	// highest seq it was sent or said it has.
 	mailOpen  atomic.Bool
+	cursor    atomic.Uint64
 	mailTimer *time.Timer // opens the mail; nil where none waited
 
 	// of the reading goroutine
