@@ -60,9 +60,10 @@ func validCode(code string) bool {
 const (
 	// codeBlock is how many codes share a count of those taken.
 	codeBlock = 1000
-	// mintTries are random draws before a free code is looked for by counting:
-	// at nine tenths taken, all of them fail once in thirty times.
-	mintTries = 32
+	// mintTries are random draws before a free code is looked for by counting,
+	// which takes as long as hundreds of them: with 97 in a hundred taken, all of
+	// them fail once in fifty times.
+	mintTries = 128
 	// mintDraws are those for which random bytes are read together.
 	mintDraws = 4
 	// reclaimBatch bounds how many expired codes one hold of the lock removes.

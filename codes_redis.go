@@ -36,9 +36,12 @@ func newRedisCodes(o codeOptions, r *redisStore, clock string) *redisCodes {
 	return c
 }
 
-// mintRounds bounds how often random codes are drawn, of which nine tenths may
-// be taken: mintTries of each round fail once in thirty times.
-const mintRounds = 16
+// mintRounds bounds how often roundDraws random codes are drawn, of which nine
+// tenths may be taken: a round then fails once in thirty times.
+const (
+	mintRounds = 16
+	roundDraws = 32
+)
 
 func (c *redisCodes) Mint(ctx context.Context, session sessionID, ttl time.Duration) (string, time.Time, error) {
 	digits := int(c.digits.Load())
@@ -70,10 +73,10 @@ var errNoCode = errors.New("redis: no free code was found")
 
 // drawCodes returns random codes, each with the same chance.
 func drawCodes(digits int) (all []any) {
-	var random [4 * mintTries]byte
+	var random [4 * roundDraws]byte
 	rand.Read(random[:]) // never fails
 	size := uint32(math.Pow10(digits))
-	for i := range mintTries {
+	for i := range roundDraws {
 		if n, ok := uniform(binary.LittleEndian.Uint32(random[4*i:]), size); ok {
 			all = append(all, fmt.Sprintf("%0*d", digits, n))
 		}
