@@ -586,13 +586,13 @@ func (c *conn) wake() {
 	}
 }
 
-// write writes all there is, with the turn held; when the socket would block,
-// it leaves the rest to a new goroutine.
+// write writes all there is, with the turn held; when the socket would block, or
+// there is more and more, it leaves the rest to a new goroutine.
 func (c *conn) write() {
 	o := c.outboxes.Get().(*outbox)
-	if blocked := c.writeAll(o, c.tryWrite); blocked {
+	if blocked := c.writeAll(o, c.tryWrite, writeRounds); blocked {
 		c.tasks.Go(func() {
-			c.writeAll(o, c.awaitWrite)
+			c.writeAll(o, c.awaitWrite, -1)
 			c.putOutbox(o)
 		})
 		return
@@ -607,11 +607,16 @@ func (c *conn) putOutbox(o *outbox) {
 	}
 }
 
+// writeRounds is how often a goroutine that only passes by writes what others have
+// added meanwhile: it has a connection of its own to read, whose client would have
+// to wait as long as those others go on.
+const writeRounds = 16
+
 // writeAll writes until there is nothing more to write, and gives the turn up,
-// or until put reports that it would block. After an error the connection is
-// over, and its turn stays taken.
-func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error)) (blocked bool) {
-	for {
+// or until put reports that it would block, or for so many rounds. After an error
+// the connection is over, and its turn stays taken.
+func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error), rounds int) (blocked bool) {
+	for ; ; rounds-- {
 		for len(o.rest) > 0 {
 			blocked, err := put(o)
 			if blocked {
@@ -624,6 +629,9 @@ func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error)) 
 				c.writeFailed()
 				return false
 			}
+		}
+		if rounds == 0 {
+			return true
 		}
 		if c.fill(o) {
 			continue

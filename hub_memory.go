@@ -357,7 +357,7 @@ func (s *memorySlot) empty(h *memoryHub, why dropReason) {
 	for i := range s.queue.waiting() {
 		s.queue.waiting()[i].release()
 	}
-	h.queued.add(-s.queueBytes - s.mailBytes - (s.queue.len()+len(s.mail))*h.frameCost)
+	h.queued.add(-s.queueCost(h) - s.mailBytes - len(s.mail)*h.frameCost)
 	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = frameQueue{}, 0, 0, nil, 0
 }
 
@@ -537,6 +537,9 @@ func (s *memorySlot) announce(h *memoryHub, e event) nudge {
 
 // cost is what a frame counts for in the memory that waits.
 func (o *hubOptions) cost(f *frame) int { return f.size() + o.frameCost }
+
+// queueCost is what the queue counts for in it.
+func (s *memorySlot) queueCost(h *memoryHub) int { return s.queueBytes + s.queue.len()*h.frameCost }
 
 func (s *memorySlot) push(h *memoryHub, f frame) {
 	s.queue.push(f)
@@ -744,7 +747,7 @@ func (s *memorySlot) overfull(by *memorySeat) bool {
 	if !h.queued.spare(0) { // the process has enough waiting: be less patient
 		bound = min(bound, longQueue)
 	}
-	if s.queueBytes <= bound {
+	if s.queueCost(h) <= bound {
 		return false
 	}
 	s.holding = true
@@ -798,7 +801,7 @@ func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame,
 			}
 		}
 	}
-	if slot.holding && slot.queueBytes <= h.holdBytes/2 {
+	if slot.holding && slot.queueCost(h) <= h.holdBytes/2 {
 		slot.holding = false
 		if other := m.other(); other != nil {
 			wake.to = other.holder

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -325,3 +326,56 @@ func TestSeatIsFreeAtOnceOnSockets(t *testing.T) {
 		a = newRawClient(t, next, wsDial{appID: testApp, side: "A"})
 	}
 }
+
+// Who writes for a connection to which others add more and more gets away: it has
+// a connection of its own to read.
+func TestWriterGetsAway(t *testing.T) {
+	ts, _ := newSocketServer(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	near, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan int64)
+	go func() {
+		n, _ := io.Copy(io.Discard, far)
+		read <- n
+	}()
+	raw, err := near.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	source := &endlessSource{}
+	c := &conn{connOptions: &ts.connOptions, src: source, net: near, sys: raw}
+	c.begin(nil) // returns
+	c.wake()
+	source.over.Store(true)
+	eventually(t, "all is written", func() bool { return c.turn.Load() == turnFree })
+	c.timer.Stop()
+	near.Close()
+	if n := <-read; n < writeRounds {
+		t.Errorf("%d bytes were written", n)
+	}
+}
+
+// An endlessSource has more frames whenever it is asked, until it is over.
+type endlessSource struct{ over atomic.Bool }
+
+func (s *endlessSource) take(buf []frame, _ int) ([]frame, bool) {
+	if s.over.Load() {
+		return buf, false
+	}
+	return append(buf, frame{typ: typeIce, data: []byte("{}")}), true
+}
+
+func (s *endlessSource) flush() {}
+
+func (s *endlessSource) appendPresence(dst []byte, _ event) []byte { return dst }
