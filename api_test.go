@@ -619,6 +619,9 @@ func TestMetricsFromTheStart(t *testing.T) {
 	for _, name := range []string{"deliver", "queued", "room_full", "peer_left", "pong", "error", "welcome", "peer_joined", "peer_away", "code_contested"} {
 		want = append(want, `parley_frames_total{direction="out",type="`+name+`"}`)
 	}
+	for _, code := range []string{"at_capacity", "codes_exhausted", "too_many_codes", "too_many_connections"} {
+		want = append(want, `parley_refused_total{code="`+code+`"}`)
+	}
 	for _, reason := range []string{"peer_absent", "mailbox_full", "over_capacity", "stale", "session_expired"} {
 		want = append(want, `parley_frames_dropped_total{reason="`+reason+`"}`)
 	}

@@ -122,7 +122,10 @@ type composeFile struct {
 }
 
 type composeService struct {
-	Build       string
+	Build struct {
+		Context string
+		Args    map[string]string
+	}
 	Image       string
 	Environment map[string]string
 	Ports       []string
@@ -159,6 +162,9 @@ func readCompose(t *testing.T, file string) (c composeFile) {
 				return value
 			}
 		}
+		if asked == "${VERSION:-}" { // an argument of the Dockerfile
+			return ""
+		}
 		t.Errorf("%s asks for %s", file, asked)
 		return asked
 	})
@@ -182,7 +188,7 @@ func TestComposeFiles(t *testing.T) {
 		stack := composed(t, files...)
 		instances := 0
 		for name, service := range stack.Services {
-			if service.Build == "" {
+			if service.Build.Context == "" {
 				for _, volume := range service.Volumes {
 					if file, _, _ := strings.Cut(volume, ":"); strings.HasPrefix(file, "..") {
 						readFile(t, filepath.Join(filepath.Dir(files[0]), file))
@@ -194,7 +200,12 @@ func TestComposeFiles(t *testing.T) {
 			if service.Image != "parley:local" {
 				t.Errorf("%s: %s is built as %s", where, name, service.Image)
 			}
-			readFile(t, filepath.Join(filepath.Dir(files[0]), service.Build, "Dockerfile"))
+			for arg := range service.Build.Args {
+				if !strings.Contains(readFile(t, "Dockerfile"), " "+arg) {
+					t.Errorf("%s: the Dockerfile has no argument %s", where, arg)
+				}
+			}
+			readFile(t, filepath.Join(filepath.Dir(files[0]), service.Build.Context, "Dockerfile"))
 			env := imageEnvironment(t)
 			for k, v := range service.Environment {
 				env[k] = v
@@ -319,6 +330,10 @@ func TestKubernetesSettings(t *testing.T) {
 	}
 	readYAML(t, dir+"components/redis/kustomization.yaml", &component)
 	maps.Copy(env, secret.StringData)
+	if _, err := loadConfig(nil, func(name string) (string, bool) { v, ok := env[name]; return v, ok }); err == nil {
+		t.Error("the template is accepted as it is, secrets and all")
+	}
+	env["JWT_SECRET"] = strings.Repeat("filled in", 4)
 	for _, literal := range component.Generators[0].Literals {
 		name, value, _ := strings.Cut(literal, "=")
 		env[name] = value

@@ -22,6 +22,7 @@ type metrics struct {
 	redeems                   map[redeemResult]prometheus.Counter
 	throttled                 prometheus.Counter // redeems refused for guessing
 	rateLimited               map[route]prometheus.Counter
+	refused                   map[string]prometheus.Counter // by the error's code
 	untrusted                 prometheus.Counter
 	turnIssued, turnThrottled prometheus.Counter // TURN credentials
 
@@ -96,6 +97,11 @@ func newMetrics() *metrics {
 	}
 	m.throttled = counter("redeem_throttled_total", "Redeems, room codes and passwords refused because their address guessed wrong too often.")
 	rateLimited := counters("rate_limited_total", "Calls refused because their address calls too often.", "route")
+	refused := counters("refused_total", "Calls and connections refused because a bound is reached: MAX_CONNS or MAX_SESSIONS, all codes, or what one address may hold.", "code")
+	m.refused = map[string]prometheus.Counter{}
+	for _, code := range []string{"at_capacity", "codes_exhausted", "too_many_codes", "too_many_connections"} {
+		m.refused[code] = refused.WithLabelValues(code)
+	}
 	m.rateLimited = map[route]prometheus.Counter{}
 	for _, r := range []route{routeCode, routeRedeem, routeICE, routeRooms, routeWS, routeSignal} {
 		m.rateLimited[r] = rateLimited.WithLabelValues(string(r))
@@ -264,5 +270,12 @@ func (r *redisMetrics) setSubscribed(yes bool) {
 	r.subscribed.Set(0)
 	if yes {
 		r.subscribed.Set(1)
+	}
+}
+
+// refuse counts an error that tells of a bound; others it does not.
+func (m *metrics) refuse(code string) {
+	if c := m.refused[code]; c != nil {
+		c.Inc()
 	}
 }

@@ -302,6 +302,7 @@ func toAPIError(err error) *apiError {
 
 func (s *server) writeError(w http.ResponseWriter, err error) {
 	e := toAPIError(err)
+	s.metrics.refuse(e.code)
 	if e.status == http.StatusUpgradeRequired { // RFC 9110 section 15.5.22
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Connection", "Upgrade")

@@ -239,6 +239,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, c *client, why e
 		s.release(c)
 		return nil
 	}
+	s.metrics.refuse(e.code)
 	reason := e.code
 	if e.closeReason != "" {
 		reason = strings.ReplaceAll(e.closeReason, "SIDE", c.side)

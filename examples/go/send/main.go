@@ -41,7 +41,7 @@ func send(ctx context.Context, server, name string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Println("on the other machine: go run ./examples/go/receive", session.Invitation())
+	fmt.Println("on the other machine: go run ./examples/go/receive -server", server, session.Invitation())
 	peer, err := session.Connect(ctx)
 	if err != nil {
 		return err
