@@ -46,6 +46,14 @@ var iceFrame = func() []byte {
 	return []byte(head + candidate + strings.Repeat("x", 500-len(head)-len(candidate)-len(tail)) + tail)
 }()
 
+// newBenchHub returns a hub that bounds what waits and nothing else.
+func newBenchHub(queued *budget) *memoryHub {
+	return newMemoryHub(hubOptions{
+		sessionTTL: time.Minute, resumeTTL: time.Minute, roomEmptyTTL: time.Minute, holdBytes: 1 << 20, slowBytes: 1 << 20,
+		queued: queued, frameCost: frameCost, owners: newQuota(0), dropped: func(dropReason, int) {},
+	})
+}
+
 // A relay is two seated connections and what frames pass between them, without
 // the sockets.
 type relay struct {
@@ -59,10 +67,7 @@ type relay struct {
 
 func newRelay(t testing.TB) *relay {
 	r := &relay{t: t, decoders: newFrameDecoderPool(), queued: new(budget), taken: make([]frame, 0, 16)}
-	h := newMemoryHub(hubOptions{
-		resumeTTL: time.Minute, holdBytes: 1 << 20,
-		queued: r.queued, frameCost: frameCost, owners: newQuota(0), dropped: func(dropReason, int) {},
-	})
+	h := newBenchHub(r.queued)
 	id := uuid.New()
 	for name, s := range map[string]*seat{"A": &r.a, "B": &r.b} {
 		var err error
@@ -226,10 +231,7 @@ func BenchmarkRoom(b *testing.B) {
 }
 
 func benchRoom(b *testing.B, members int) {
-	h := newMemoryHub(hubOptions{
-		resumeTTL: time.Minute, roomEmptyTTL: time.Minute, holdBytes: 1 << 20, slowBytes: 1 << 20,
-		queued: new(budget), owners: newQuota(0), dropped: func(dropReason, int) {},
-	})
+	h := newBenchHub(new(budget))
 	m := meta{ID: uuid.New(), Expires: time.Now().Add(time.Hour), Room: &roomMeta{Code: "ABC234", Max: members}}
 	if err := h.Open(ctx, m); err != nil {
 		b.Fatal(err)
@@ -385,10 +387,7 @@ func BenchmarkMintRedeem(b *testing.B) {
 
 // BenchmarkJanitor is a pass over 100,000 sessions none of which has ended.
 func BenchmarkJanitor(b *testing.B) {
-	h := newMemoryHub(hubOptions{
-		sessionTTL: time.Minute, resumeTTL: time.Minute, holdBytes: 1 << 20,
-		queued: new(budget), owners: newQuota(0), dropped: func(dropReason, int) {},
-	})
+	h := newBenchHub(new(budget))
 	for i := range 100_000 {
 		id := uuid.New()
 		if err := h.Open(ctx, meta{ID: id, Expires: time.Now().Add(time.Hour)}); err != nil {

@@ -34,7 +34,7 @@ func TestLongDocs(t *testing.T) {
 				t.Errorf("README.md has %d blocks `sh run` and %d `sh run background`, want some of both", doc.foreground, doc.background)
 			}
 			if doc.foreground+doc.background == 0 {
-				t.Skip("nothing in it is to be run")
+				return // nothing in it is to be run
 			}
 			if doc.background > 0 {
 				needPort1234(t)

@@ -354,8 +354,9 @@ func (s *memorySlot) empty(h *memoryHub, why dropReason) {
 	if n := len(s.mail) + s.queue.len() - int(s.presence); n > 0 {
 		h.dropped(why, n)
 	}
-	for i := range s.queue.waiting() {
-		s.queue.waiting()[i].release()
+	waiting := s.queue.waiting()
+	for i := range waiting {
+		waiting[i].release()
 	}
 	h.queued.add(-s.queueCost(h) - s.mailBytes - len(s.mail)*h.frameCost)
 	s.queue, s.queueBytes, s.presence, s.mail, s.mailBytes = frameQueue{}, 0, 0, nil, 0
@@ -887,8 +888,9 @@ func (m *memorySeat) Leave(_ context.Context, forGood bool) error {
 func (s *memorySlot) vacate(h *memoryHub) {
 	s.holder = nil
 	s.dropPresence(h)
-	for i := range s.queue.waiting() {
-		s.queue.waiting()[i].trim()
+	waiting := s.queue.waiting()
+	for i := range waiting {
+		waiting[i].trim()
 	}
 	s.holding = false
 }
