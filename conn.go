@@ -103,7 +103,7 @@ type conn struct {
 	paused   atomic.Bool  // not reading, because someone is slow to
 	asking   atomic.Bool  // not reading, because a hub elsewhere is slow to answer
 	flooded  atomic.Bool  // there are more answers than should wait
-	broken   atomic.Bool  // writing has failed
+	broken   atomic.Bool  // writing has failed; set with mu held
 	turn     atomic.Int32 // the write turn: turnFree, turnTaken, turnAgain
 
 	mu sync.Mutex
@@ -239,7 +239,13 @@ func (s *stream) SetWriteDeadline(t time.Time) error { return s.net.SetWriteDead
 // now is the time since the server started, in nanoseconds.
 func (o *connOptions) now() int64 { return int64(time.Since(o.start)) }
 
-func (c *conn) touch() { c.lastByte.Store(c.now()) }
+// touch notes a sign of life. None counts once nothing can be written any more:
+// what the client sent before that is still read, but not for ever.
+func (c *conn) touch() {
+	if !c.broken.Load() {
+		c.lastByte.Store(c.now())
+	}
+}
 
 // --- Reading.
 
@@ -648,8 +654,11 @@ func (c *conn) writeAll(o *outbox, put func(*outbox) (blocked bool, err error), 
 // still to be read, mail and acknowledgements among it: the reading goroutine
 // goes on until it finds the end itself.
 func (c *conn) writeFailed() {
+	c.mu.Lock()
 	c.broken.Store(true)
-	c.openGate()
+	c.answeredLocked()
+	c.openGateLocked()
+	c.mu.Unlock()
 }
 
 // tryWrite writes some of o.rest, or reports that it would have to wait.
@@ -816,10 +825,20 @@ func (c *conn) answer(typ frameType, text []byte) {
 	c.mu.Lock()
 	if c.closed == 0 {
 		c.answers = appendText(c.answers, text)
-		c.flooded.Store(len(c.answers) > answerBytes)
+		c.answeredLocked()
 	}
 	c.mu.Unlock()
 	c.wake()
+}
+
+// answeredLocked is called when answers have been added: it notes whether there
+// are now more than should wait. Where writing has failed nobody takes them any
+// more, and they are dropped. The caller holds mu.
+func (c *conn) answeredLocked() {
+	if c.broken.Load() {
+		c.answers = nil
+	}
+	c.flooded.Store(len(c.answers) > answerBytes)
 }
 
 // writeControl takes a control frame of the library. Pongs are answers, and
@@ -830,7 +849,7 @@ func (c *conn) writeControl(p []byte) (int, error) {
 		c.mu.Lock()
 		if c.closed == 0 && len(c.answers) <= answerBytes {
 			c.answers = append(c.answers, p...)
-			c.flooded.Store(len(c.answers) > answerBytes)
+			c.answeredLocked()
 		}
 		c.mu.Unlock()
 		c.wake()
@@ -868,6 +887,7 @@ func (c *conn) beat() {
 		c.pingDue, c.pingedAt = now+int64(c.heartbeat), now
 		c.answers = appendHeader(c.answers, opPing, 8)
 		c.answers = binary.BigEndian.AppendUint64(c.answers, uint64(now))
+		c.answeredLocked()
 	}
 	c.timer.Reset(time.Duration(min(c.pingDue, silentAt) - now))
 	c.mu.Unlock()
@@ -909,6 +929,7 @@ func (c *conn) close(code closeCode, reason string) {
 		c.answers = binary.BigEndian.AppendUint16(c.answers, uint16(code))
 		c.answers = append(c.answers, reason...)
 	}
+	c.answeredLocked()
 	c.openGateLocked()
 	if c.started {
 		c.kick()
