@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"context"
 	"hash/maphash"
+	"iter"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -86,6 +87,10 @@ func networkOf(addr netip.Addr) network {
 	return n
 }
 
+// siteShare is how many times what a network may do, or hold, the whole IPv6 /48
+// around it may: one site can have 65,536 networks.
+const siteShare = 8
+
 // siteOf returns the /48 around an IPv6 network; ok is false for IPv4.
 func siteOf(n network) (site network, ok bool) {
 	if n.Addr().Is4() {
@@ -166,9 +171,16 @@ func (l *rateLimit) allow(n network) (ok bool, retryAfter time.Duration) {
 	return retryAfter == 0, retryAfter
 }
 
-// siteGuesses is how many times a network's budget of wrong guesses the whole
-// IPv6 /48 around it has.
-const siteGuesses = 8
+// takeToken takes one of n's tokens, or says when there is one.
+func takeToken(buckets *addressTable[*rate.Limiter], n network, now time.Time) (token *rate.Reservation, retryAfter time.Duration) {
+	buckets.with(n, func(b **rate.Limiter) {
+		token = (*b).ReserveN(now, 1)
+		if retryAfter = token.DelayFrom(now); retryAfter > 0 {
+			token.CancelAt(now)
+		}
+	})
+	return token, retryAfter
+}
 
 // A guessBudget bounds how many wrong guesses each network may make. The nil
 // guessBudget bounds nothing, and the zero network is not bounded.
@@ -208,7 +220,7 @@ func newGuessBudget(budget int, window time.Duration) *guessBudget {
 			return guesser{tokens: rate.NewLimiter(rate.Limit(float64(tokens)/window.Seconds()), tokens)}
 		})
 	}
-	return &guessBudget{budget: budget, window: window, seed: maphash.MakeSeed(), networks: table(budget), sites: table(siteGuesses * budget)}
+	return &guessBudget{budget: budget, window: window, seed: maphash.MakeSeed(), networks: table(budget), sites: table(siteShare * budget)}
 }
 
 // begin asks whether n may guess, right or wrong. If so, the caller tells
@@ -367,8 +379,9 @@ func (c *slidingCount) slide(now time.Time) {
 }
 
 // A quota bounds what each network holds at a time: connections, or codes and
-// sessions. A limit of 0 bounds nothing. Entries go when nothing is held, so
-// that the table is no larger than what it counts.
+// sessions. The IPv6 /48 around a network may hold siteShare times as much. A
+// limit of 0 bounds nothing. Entries go when nothing is held, so that the table
+// is no larger than twice what it counts.
 type quota struct {
 	// static after construction
 	limit int
@@ -378,8 +391,8 @@ type quota struct {
 	held map[network]*holding
 }
 
-// A holding is what one network holds: some until they are given back, some
-// until a time.
+// A holding is what one network or site holds: some until they are given back,
+// some until a time.
 type holding struct {
 	open    int
 	expires []time.Time // sorted
@@ -407,46 +420,68 @@ func (q *quota) add(n network, one func(*holding)) (ok bool, retryAfter time.Dur
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	h := q.held[n]
-	if h == nil {
-		h = new(holding)
-		q.held[n] = h
-	}
 	now := time.Now()
-	h.expire(now)
-	if h.open+len(h.expires) >= q.limit {
-		if len(h.expires) > 0 {
-			retryAfter = h.expires[0].Sub(now)
+	for key, limit := range q.bounds(n) {
+		h := q.held[key]
+		if h == nil {
+			continue
 		}
-		return false, retryAfter
+		h.expire(now)
+		if h.open+len(h.expires) >= limit {
+			if len(h.expires) > 0 {
+				retryAfter = h.expires[0].Sub(now)
+			}
+			return false, retryAfter
+		}
 	}
-	one(h)
+	for key := range q.bounds(n) {
+		h := q.held[key]
+		if h == nil {
+			h = new(holding)
+			q.held[key] = h
+		}
+		one(h)
+	}
 	return true, 0
+}
+
+// bounds returns what n counts to, and how much that may hold.
+func (q *quota) bounds(n network) iter.Seq2[network, int] {
+	return func(yield func(network, int) bool) {
+		if site, ok := siteOf(n); yield(n, q.limit) && ok {
+			yield(site, siteShare*q.limit)
+		}
+	}
 }
 
 // give gives back what take took.
 func (q *quota) give(n network) {
+	q.remove(n, func(h *holding) { h.open-- })
+}
+
+// giveEarly gives back what takeUntil took.
+func (q *quota) giveEarly(n network, expires time.Time) {
+	q.remove(n, func(h *holding) {
+		if i, found := slices.BinarySearchFunc(h.expires, expires, time.Time.Compare); found {
+			h.expires = slices.Delete(h.expires, i, i+1)
+		}
+	})
+}
+
+func (q *quota) remove(n network, one func(*holding)) {
 	if q.limit == 0 || !n.IsValid() {
 		return
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if h := q.held[n]; h != nil {
-		h.open--
-		h.expire(time.Now())
-		q.forget(n, h)
+	if q.held[n] == nil {
+		return
 	}
-}
-
-// giveEarly gives back what takeUntil took.
-func (q *quota) giveEarly(n network, expires time.Time) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if h := q.held[n]; h != nil {
-		if i, found := slices.BinarySearchFunc(h.expires, expires, time.Time.Compare); found {
-			h.expires = slices.Delete(h.expires, i, i+1)
-		}
-		q.forget(n, h)
+	for key := range q.bounds(n) {
+		h := q.held[key]
+		one(h)
+		h.expire(time.Now())
+		q.forget(key, h)
 	}
 }
 

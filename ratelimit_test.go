@@ -805,6 +805,54 @@ func TestQuota(t *testing.T) {
 		}
 	})
 
+	// One site can have 65,536 networks.
+	t.Run("sites", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			q, other := newQuota(2), subnetIPv6(1, 0)
+			if siteShare != 8 {
+				t.Errorf("a site holds %d times as much, and docs/security.md says 8", siteShare)
+			}
+			soon := time.Now().Add(time.Minute)
+			for i := range siteShare {
+				q.take(subnetIPv6(0, i))
+				q.takeUntil(subnetIPv6(0, i), soon)
+			}
+			ok, wait := q.take(subnetIPv6(0, 9))
+			try(t, "another network of a full site", ok, wait, false, time.Minute)
+			ok, wait = q.takeUntil(subnetIPv6(0, 9), soon)
+			try(t, "another network of a full site", ok, wait, false, time.Minute)
+			ok, wait = q.take(other)
+			try(t, "another site", ok, wait, true, 0)
+			q.give(subnetIPv6(0, 9)) // holds nothing: no credit
+			q.giveEarly(subnetIPv6(0, 9), soon)
+			ok, _ = q.take(subnetIPv6(0, 9))
+			try(t, "after nothing was given back", ok, 0, false, 0)
+			q.give(subnetIPv6(0, 0))
+			ok, _ = q.take(subnetIPv6(0, 9))
+			try(t, "after one was given back", ok, 0, true, 0)
+			ok, _ = q.take(subnetIPv6(0, 9))
+			try(t, "and one too many", ok, 0, false, 0)
+			q.giveEarly(subnetIPv6(0, 1), soon)
+			ok, _ = q.take(subnetIPv6(0, 9))
+			try(t, "after one was given back early", ok, 0, true, 0)
+
+			time.Sleep(time.Minute)
+			q.sweep()
+			if n := len(q.held); n != siteShare+1+2 { // networks with one open, and two sites
+				t.Errorf("%d remembered, want %d", n, siteShare+3)
+			}
+			for i := range siteShare {
+				q.give(subnetIPv6(0, i))
+			}
+			q.give(subnetIPv6(0, 9))
+			q.give(subnetIPv6(0, 9))
+			q.give(other)
+			if len(q.held) != 0 {
+				t.Errorf("%d remembered that hold nothing", len(q.held))
+			}
+		})
+	})
+
 	t.Run("at once", func(t *testing.T) {
 		q := newQuota(10)
 		var held, most atomic.Int64
