@@ -23,6 +23,10 @@ const (
 	argonThreads = 1
 )
 
+// hashesPerMinute bounds what one address can make the server hash; an IPv6 /48
+// siteShare times that. Two a second are a fortieth of a processor.
+const hashesPerMinute = 120
+
 // passwords hashes passwords, only so many at once as there are processors:
 // the rest waits its turn, and 8 MiB for each of them.
 type passwords struct {
@@ -31,6 +35,13 @@ type passwords struct {
 
 func newPasswords() *passwords {
 	return &passwords{turns: make(chan struct{}, runtime.GOMAXPROCS(0))}
+}
+
+// unknownPassword returns a hash that no password has.
+func unknownPassword() (h passwordHash) {
+	rand.Read(h.salt[:]) // never fails
+	rand.Read(h.key[:])
+	return h
 }
 
 // hash returns what to keep of a password. It fails when ctx is done first.

@@ -18,6 +18,7 @@ import (
 type limits struct {
 	http     *rateLimit
 	ws       *rateLimit
+	hashes   *rateLimit // of passwords
 	guesses  *guessBudget
 	failures *slidingCount // redeems that failed, from everywhere
 	conns    int           // 0 for no limit
@@ -29,6 +30,7 @@ func newLimits(cfg *config) limits {
 	l := limits{
 		http:     newRateLimit(cfg.httpRatePerMin),
 		ws:       newRateLimit(cfg.wsRatePerMin),
+		hashes:   &rateLimit{newBuckets(hashesPerMinute), newBuckets(siteShare * hashesPerMinute)},
 		guesses:  newGuessBudget(cfg.redeemFails, cfg.roomTTL),
 		failures: &slidingCount{window: cfg.roomTTL},
 		conns:    cfg.maxConns,
@@ -67,10 +69,10 @@ func (s *server) limitRate(l *rateLimit, c caller, r route) error {
 	}
 	s.metrics.rateLimited[r].Inc()
 	return &apiError{status: http.StatusTooManyRequests, code: "rate_limited",
-		text: "this address calls too often", retryAfter: retryAfter}
+		text: "this address calls too often", retryAfter: retryAfter, closeCode: closeTooMany}
 }
 
-// maxAddresses bounds each table of addresses. An entry takes less than 500
+// maxAddresses bounds each table of addresses. An entry takes less than 700
 // bytes, so that a table never grows past 32 MiB however many addresses call.
 const maxAddresses = 1 << 15
 
@@ -140,19 +142,23 @@ func (t *addressTable[V]) with(key network, f func(*V)) {
 }
 
 // A rateLimit allows each network so many requests a minute, with a burst of
-// one minute's worth. The nil rateLimit, and
-// the zero network, are not limited.
+// one minute's worth. The nil rateLimit, and the zero network, are not limited.
 type rateLimit struct {
-	buckets *addressTable[*rate.Limiter]
+	networks *addressTable[*rate.Limiter]
+	sites    *addressTable[*rate.Limiter] // nil where each network counts by itself
 }
 
 func newRateLimit(perMinute int) *rateLimit {
 	if perMinute == 0 {
 		return nil
 	}
-	return &rateLimit{newAddressTable(maxAddresses, func() *rate.Limiter {
+	return &rateLimit{networks: newBuckets(perMinute)}
+}
+
+func newBuckets(perMinute int) *addressTable[*rate.Limiter] {
+	return newAddressTable(maxAddresses, func() *rate.Limiter {
 		return rate.NewLimiter(rate.Limit(float64(perMinute)/60), perMinute)
-	})}
+	})
 }
 
 // allow reports whether a request may pass now, and otherwise after how long
@@ -162,12 +168,12 @@ func (l *rateLimit) allow(n network) (ok bool, retryAfter time.Duration) {
 		return true, 0
 	}
 	now := time.Now()
-	l.buckets.with(n, func(b **rate.Limiter) {
-		r := (*b).ReserveN(now, 1)
-		if retryAfter = r.DelayFrom(now); retryAfter > 0 {
-			r.CancelAt(now)
+	token, retryAfter := takeToken(l.networks, n, now)
+	if site, ok := siteOf(n); ok && l.sites != nil && retryAfter == 0 {
+		if _, retryAfter = takeToken(l.sites, site, now); retryAfter > 0 {
+			l.networks.with(n, func(**rate.Limiter) { token.CancelAt(now) })
 		}
-	})
+	}
 	return retryAfter == 0, retryAfter
 }
 
@@ -203,8 +209,16 @@ type guesser struct {
 }
 
 type wrongGuess struct {
-	hash uint32
+	hash guessHash
 	at   uint32 // Unix time
+}
+
+// A guessHash stands for a guess: 64 bits, in halves that need no padding.
+type guessHash [2]uint32
+
+func (g *guessBudget) hash(guess string) guessHash {
+	h := maphash.String(g.seed, guess)
+	return guessHash{uint32(h >> 32), uint32(h)}
 }
 
 // maxWrong bounds the wrong guesses remembered of one network; older ones may
@@ -266,7 +280,7 @@ func (g *guessBudget) tryBegin(n network) (retryAfter time.Duration, answered <-
 func (g *guessBudget) done(n network, guess string, wrong bool) (counts bool) {
 	now := time.Now() // the answer may have taken long
 	g.networks.with(n, func(e *guesser) {
-		counts = wrong && e.firstTime(uint32(maphash.String(g.seed, guess)), now.Add(-g.window).Unix(), now.Unix())
+		counts = wrong && e.firstTime(g.hash(guess), now.Add(-g.window).Unix(), now.Unix())
 		e.end(counts, now)
 	})
 	if site, ok := siteOf(n); ok {
@@ -312,18 +326,32 @@ func (e *guesser) end(counts bool, now time.Time) {
 
 // firstTime reports whether the wrong guess is not one of those since, and
 // remembers it.
-func (e *guesser) firstTime(hash uint32, since, now int64) bool {
-	e.wrong = slices.DeleteFunc(e.wrong, func(w wrongGuess) bool { return int64(w.at) < since })
-	for _, w := range e.wrong {
-		if w.hash == hash {
-			return false
-		}
+func (e *guesser) firstTime(hash guessHash, since, now int64) bool {
+	if e.remembers(hash, since) {
+		return false
 	}
 	if len(e.wrong) == maxWrong {
 		e.wrong = slices.Delete(e.wrong, 0, 1)
 	}
 	e.wrong = append(e.wrong, wrongGuess{hash, uint32(now)})
 	return true
+}
+
+// remembers reports whether the guess was wrong since then, and forgets those
+// that were before.
+func (e *guesser) remembers(hash guessHash, since int64) bool {
+	e.wrong = slices.DeleteFunc(e.wrong, func(w wrongGuess) bool { return int64(w.at) < since })
+	return slices.ContainsFunc(e.wrong, func(w wrongGuess) bool { return w.hash == hash })
+}
+
+// knownWrong reports whether n has made this wrong guess not long ago.
+func (g *guessBudget) knownWrong(n network, guess string) (known bool) {
+	if g == nil || !n.IsValid() {
+		return false
+	}
+	since := time.Now().Add(-g.window).Unix()
+	g.networks.with(n, func(e *guesser) { known = e.remembers(g.hash(guess), since) })
+	return known
 }
 
 // left returns how many wrong guesses n has left now; -1 is any number.

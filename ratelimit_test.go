@@ -138,7 +138,7 @@ func TestAddressMemory(t *testing.T) {
 		part    = maxAddresses / 8 // as many entries as a table scaled down for time's sake
 	)
 	limit, limitV6 := newRateLimit(60), newRateLimit(60)
-	limitV6.buckets.max = part
+	limitV6.networks.max = part
 	guesses := func(budget, addresses int) *guessBudget {
 		g := newGuessBudget(budget, 10*time.Minute)
 		g.networks.max, g.sites.max = addresses, addresses
@@ -170,12 +170,12 @@ func TestAddressMemory(t *testing.T) {
 			for i := range million {
 				limit.allow(numberedIPv4(i))
 			}
-		}, func() []int { return []int{tableSize(limit.buckets)} }, 1, documentedTable, limit},
+		}, func() []int { return []int{tableSize(limit.networks)} }, 1, documentedTable, limit},
 		{"rate limit, IPv6", func() {
 			for i := range 2 * part {
 				limitV6.allow(numberedIPv6(i))
 			}
-		}, func() []int { return []int{tableSize(limitV6.buckets)} }, 8, documentedTable, limitV6},
+		}, func() []int { return []int{tableSize(limitV6.networks)} }, 8, documentedTable, limitV6},
 		{"guesses, one from each address", func() {
 			for i := range 2 * part {
 				guess(once, numberedIPv4(i), codes[:1])
@@ -335,6 +335,33 @@ func TestRetryAfterIsTrue(t *testing.T) {
 				}
 				done(false)
 				guessWrong(t, g, who, fmt.Sprint("wrong ", i))
+			}
+		}
+	})
+}
+
+// A refusal of the site costs its networks nothing.
+func TestRateLimitSites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &rateLimit{newBuckets(60), newBuckets(siteShare * 60)}
+		for i := range siteShare * 60 {
+			if ok, _ := l.allow(subnetIPv6(0, i%100)); !ok {
+				t.Fatalf("refused after %d", i)
+			}
+		}
+		fresh := subnetIPv6(0, 1000)
+		for range 100 {
+			if ok, wait := l.allow(fresh); ok || wait != time.Second/siteShare {
+				t.Fatalf("%v and wait %v, with nothing left to the site", ok, wait)
+			}
+		}
+		if ok, _ := l.allow(subnetIPv6(1, 0)); !ok {
+			t.Error("another site is refused")
+		}
+		time.Sleep(time.Minute) // the site has all again, and fresh has lost nothing
+		for i := range 60 {
+			if ok, _ := l.allow(fresh); !ok {
+				t.Fatalf("refused after %d of 60", i)
 			}
 		}
 	})

@@ -87,14 +87,14 @@ func (s *server) createRoom(w http.ResponseWriter, r *http.Request, c caller) er
 	if err != nil {
 		return err
 	}
-	set, err := s.readChange(r.Context(), body)
+	set, password, err := readChange(body)
 	if err != nil {
 		return err
 	}
 	if s.draining.Load() {
 		return errDraining
 	}
-	m, err := s.openRoom(r.Context(), set.of(room), ttl)
+	m, err := s.openRoom(r.Context(), c, set.of(room), ttl, password)
 	if err != nil {
 		return err
 	}
@@ -107,8 +107,14 @@ func (s *server) createRoom(w http.ResponseWriter, r *http.Request, c caller) er
 	return nil
 }
 
-// openRoom opens a room under a code that no other has.
-func (s *server) openRoom(ctx context.Context, room roomMeta, ttl time.Duration) (m meta, err error) {
+// openRoom opens a room under a code that no other has. With a password it is
+// closed to all until that is hashed, and the code told: a call that is refused,
+// for want of a quota or of space, costs no hash.
+func (s *server) openRoom(ctx context.Context, c caller, room roomMeta, ttl time.Duration, password *string) (m meta, err error) {
+	secret := password != nil && *password != ""
+	if secret {
+		room.Password = unknownPassword()
+	}
 	m = meta{ID: uuid.New(), Expires: room.Created.Add(ttl)}
 	err = errTaken
 	for try := 0; try < roomCodeTries && errors.Is(err, errTaken); try++ {
@@ -117,28 +123,44 @@ func (s *server) openRoom(ctx context.Context, room roomMeta, ttl time.Duration)
 		m.Room = &open
 		err = s.hub.Open(ctx, m)
 	}
+	if err != nil || !secret {
+		return m, err
+	}
+	hash, err := s.hashPassword(ctx, c, *password)
+	if err == nil {
+		_, _, err = s.hub.Update(ctx, m.ID, change{Password: &hash})
+	}
+	if err != nil { // otherwise it would end as all do that nobody comes to
+		s.hub.End(context.WithoutCancel(ctx), m.ID, errRoomDeleted)
+	}
 	return m, err
 }
 
-// readChange reads what a caller wants of a room, to open or to change it.
-func (s *server) readChange(ctx context.Context, o object) (c change, err error) {
+// hashPassword returns what to keep of a room's password; none for "". Each
+// address may make the server hash only so many.
+func (s *server) hashPassword(ctx context.Context, c caller, password string) (passwordHash, error) {
+	if password == "" {
+		return passwordHash{}, nil
+	}
+	if err := s.limitRate(s.limits.hashes, c, routeRooms); err != nil {
+		return passwordHash{}, err
+	}
+	return s.passwords.hash(ctx, password)
+}
+
+// readChange reads what a caller wants of a room, to open or to change it, but for
+// the hash of the password.
+func readChange(o object) (c change, password *string, err error) {
 	if err := readField(o, "maxPlayers", &c.Max); err != nil || c.Max != nil && (*c.Max < minPlayers || *c.Max > maxPlayers) {
-		return c, badRequest("bad_max_players", fmt.Sprintf("maxPlayers must be a whole number from %d to %d", minPlayers, maxPlayers))
+		return c, nil, badRequest("bad_max_players", fmt.Sprintf("maxPlayers must be a whole number from %d to %d", minPlayers, maxPlayers))
 	}
 	if err := readField(o, "locked", &c.Locked); err != nil {
-		return c, badRequest("bad_locked", "locked must be true or false")
+		return c, nil, badRequest("bad_locked", "locked must be true or false")
 	}
-	var password *string
 	if err := readField(o, "password", &password); err != nil || password != nil && len(*password) > maxPassword {
-		return c, badRequest("bad_password", fmt.Sprintf("password must be a string of at most %d bytes", maxPassword))
+		return c, nil, badRequest("bad_password", fmt.Sprintf("password must be a string of at most %d bytes", maxPassword))
 	}
-	if password != nil {
-		c.Password = new(passwordHash)
-		if *password != "" {
-			*c.Password, err = s.passwords.hash(ctx, *password)
-		}
-	}
-	return c, err
+	return c, password, nil
 }
 
 // readField reads one field of a request; absent and null leave *v nil.
@@ -223,9 +245,16 @@ func (s *server) changeRoom(w http.ResponseWriter, r *http.Request, c caller) er
 	if err != nil {
 		return err
 	}
-	set, err := s.readChange(r.Context(), body)
+	set, password, err := readChange(body)
 	if err != nil {
 		return err
+	}
+	if password != nil {
+		hash, err := s.hashPassword(r.Context(), c, *password)
+		if err != nil {
+			return err
+		}
+		set.Password = &hash
 	}
 	m, taken, err := s.hub.Update(r.Context(), m.ID, set)
 	if errors.Is(err, errGone) {
@@ -318,22 +347,37 @@ func (s *server) joinRoom(ctx context.Context, from caller, id sessionID, join j
 	return s.hub.Join(ctx, id, join, notify)
 }
 
-// guessPassword returns the hash of the room's password, if password is it.
+// guessPassword returns the hash of the room's password, if password is it. It
+// does what is cheap first: a room without a seat for who knows the password, and
+// a guess that is known to be wrong, cost no hash.
 func (s *server) guessPassword(ctx context.Context, from caller, id sessionID, password string) (passwordHash, error) {
-	m, _, err := s.hub.Get(ctx, id)
+	m, taken, err := s.hub.Get(ctx, id)
 	if err != nil || m.Room.Password == (passwordHash{}) { // removed just now
 		return passwordHash{}, err
 	}
-	done, err := s.beginGuess(ctx, from, "password "+id.String()+" "+password)
+	hash := m.Room.Password
+	if err := m.Room.admit(joinRequest{password: hash}, taken); err != nil {
+		return passwordHash{}, err
+	}
+	guess := fmt.Sprintf("password %x %s", hash.salt, password) // another salt, another password
+	done, err := s.beginGuess(ctx, from, guess)
 	if err != nil {
 		return passwordHash{}, err
 	}
-	matches, err := s.passwords.matches(ctx, m.Room.Password, password)
+	if s.limits.guesses.knownWrong(from.network, guess) {
+		done(true)
+		return passwordHash{}, errWrongPassword
+	}
+	if err := s.limitRate(s.limits.hashes, from, routeSignal); err != nil {
+		done(false)
+		return passwordHash{}, err
+	}
+	matches, err := s.passwords.matches(ctx, hash, password)
 	done(err == nil && !matches)
 	if err == nil && !matches {
 		err = errWrongPassword
 	}
-	return m.Room.Password, err
+	return hash, err
 }
 
 // validDisplayName reports whether others may be shown the name.

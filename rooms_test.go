@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -1425,7 +1426,7 @@ func TestRoomGuessesThatCount(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		ts := newSettledServer(t, "DEV=false", "ROOMS=open", "REDEEM_FAILS=5", "ROOM_TTL=1h")
 		open, secret, short := ts.openRoom(""), ts.openRoom(`{"password":"sesame","maxPlayers":2}`), ts.openRoom(`{"ttl":1}`)
-		locked := ts.openRoom(`{"password":"sesame","locked":true}`)
+		locked, third := ts.openRoom(`{"password":"sesame","locked":true}`), ts.openRoom(`{"password":"sesame"}`)
 
 		// The right ones, and what is not asked for, never do.
 		for i := range 8 {
@@ -1442,8 +1443,10 @@ func TestRoomGuessesThatCount(t *testing.T) {
 		}
 		ada := roomJoin(ts, wsDial{room: secret.Code, password: "sesame"})
 		roomJoin(ts, wsDial{room: secret.RoomID, password: "sesame"})
-		refusal(ts, wsDial{room: secret.RoomID, password: "sesame"}).want(t, http.StatusConflict, "room_is_full", "")
-		refusal(ts, wsDial{room: locked.RoomID, password: "sesame"}).want(t, http.StatusForbidden, "room_locked", "")
+		for _, password := range []string{"sesame", "wrong"} { // neither is tried
+			refusal(ts, wsDial{room: secret.RoomID, password: password}).want(t, http.StatusConflict, "room_is_full", "")
+			refusal(ts, wsDial{room: locked.RoomID, password: password}).want(t, http.StatusForbidden, "room_locked", "")
+		}
 		roomJoin(ts, wsDial{room: secret.RoomID, password: "wrong", resume: ada.Resume}).end(dropped)
 		roomGuesses(ts, 5)
 
@@ -1456,12 +1459,13 @@ func TestRoomGuessesThatCount(t *testing.T) {
 			}
 		}
 		roomGuesses(ts, 4)
+		roomJoin(ts, ada.again()).end(websocket.StatusNormalClosure)
 		for range 2 {
-			refusal(ts, wsDial{room: locked.RoomID, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "")
-			refusal(ts, wsDial{room: locked.Code, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "")
+			refusal(ts, wsDial{room: secret.RoomID, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "")
+			refusal(ts, wsDial{room: secret.Code, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "")
 		}
 		roomGuesses(ts, 3)
-		refusal(ts, wsDial{room: secret.RoomID, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "") // of another room
+		refusal(ts, wsDial{room: third.RoomID, password: "wrong"}).want(t, http.StatusForbidden, "wrong_password", "") // of another room
 		roomGuesses(ts, 2)
 
 		// A client that polls the code of a room that has ended is not a guesser.
@@ -1774,5 +1778,115 @@ func TestRoomPasswordGivenUp(t *testing.T) {
 		}
 		<-ts.passwords.turns
 		roomJoin(ts, wsDial{room: r.RoomID, password: "sesame"})
+	})
+}
+
+// Nobody waits for a hash where the answer is known without one.
+func TestRoomPasswordNotHashed(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open", "DEV=false", "MAX_CODES_PER_IP=4")
+		r, locked := ts.openRoom(`{"password":"sesame"}`), ts.openRoom(`{"password":"sesame","locked":true}`)
+		full := ts.openRoom(`{"password":"sesame","maxPlayers":2}`)
+		roomJoin(ts, wsDial{room: full.RoomID, password: "sesame"})
+		roomJoin(ts, wsDial{room: full.RoomID, password: "sesame"})
+		refusal(ts, wsDial{room: r.RoomID, password: "changed"}).want(t, http.StatusForbidden, "wrong_password", "")
+		ts.openRoom("")
+		roomGuesses(ts, 9)
+
+		for range cap(ts.passwords.turns) {
+			ts.passwords.turns <- struct{}{}
+		}
+		for range 20 {
+			roomWantEach(ts, wsDial{room: r.RoomID, password: "changed"}, http.StatusForbidden, "wrong_password", closeForbidden)
+		}
+		roomWantEach(ts, wsDial{room: locked.RoomID, password: "sesame"}, http.StatusForbidden, "room_locked", closeForbidden)
+		roomWantEach(ts, wsDial{room: full.RoomID, password: "sesame"}, http.StatusConflict, "room_is_full", closeRoomFull)
+		ts.post("/api/rooms", `{"password":"sesame"}`).want(t, http.StatusTooManyRequests, "too_many_codes", "")
+		roomGuesses(ts, 9)
+		ts.draining.Store(true)
+		ts.post("/api/rooms", `{"password":"sesame"}`).want(t, http.StatusServiceUnavailable, "draining", "")
+		ts.draining.Store(false)
+		for range cap(ts.passwords.turns) {
+			<-ts.passwords.turns
+		}
+
+		// What was wrong is right once the password is changed to it.
+		roomParse(t, ts.call(http.MethodPatch, "/api/rooms/"+r.RoomID, `{"password":"changed"}`, roomBearer(r.OwnerToken)))
+		roomJoin(ts, wsDial{room: r.RoomID, password: "changed"})
+		refusal(ts, wsDial{room: r.RoomID, password: "sesame"}).want(t, http.StatusForbidden, "wrong_password", "")
+		roomGuesses(ts, 8)
+	})
+}
+
+// A caller that gives up while the password is hashed leaves no room behind.
+func TestRoomPasswordOpenGivenUp(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open")
+		for range cap(ts.passwords.turns) {
+			ts.passwords.turns <- struct{}{}
+		}
+		conn, err := ts.net.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		const body = `{"password":"sesame"}`
+		fmt.Fprintf(conn, "POST /api/rooms HTTP/1.1\r\nHost: parley.test\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		synctest.Wait()
+		if n := ts.memory.rooms.Load(); n != 1 {
+			t.Errorf("%d rooms while the password waits to be hashed, want 1", n)
+		}
+		conn.Close()
+		synctest.Wait()
+		if n := ts.memory.rooms.Load(); n != 0 {
+			t.Errorf("%d rooms, want none", n)
+		}
+		for range cap(ts.passwords.turns) {
+			<-ts.passwords.turns
+		}
+	})
+}
+
+// One address makes the server hash hashesPerMinute passwords, and a /48 siteShare
+// times as many, right or wrong.
+func TestRoomPasswordsByAddress(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open", "DEV=false", "RATE_EXEMPT=192.0.2.7")
+		spend := func(n network, times int) {
+			for range times {
+				ts.limits.hashes.allow(n)
+			}
+		}
+		r := ts.openRoom(`{"password":"sesame"}`)
+		open := func(from string) func() httpAnswer {
+			return func() httpAnswer { return callsFrom(ts, from).post("/api/rooms", `{"password":"sesame"}`) }
+		}
+		join := wsDial{room: r.RoomID, password: "sesame"}
+		change := func() httpAnswer {
+			return ts.call(http.MethodPatch, "/api/rooms/"+r.RoomID, `{"password":"sesame"}`, roomBearer(r.OwnerToken))
+		}
+		here := networkOf(netip.MustParseAddr("127.0.0.1"))
+		spend(here, hashesPerMinute-1)
+		const tooMany = "rate_limited"
+		roomWantEach(ts, join, http.StatusTooManyRequests, tooMany, closeTooMany)
+		open("127.0.0.1")().want(t, http.StatusTooManyRequests, tooMany, "")
+		waitTruly(t, change, http.StatusTooManyRequests, tooMany, time.Second)
+		spend(here, 1) // of two a second
+		change().want(t, http.StatusTooManyRequests, tooMany, "")
+		roomGuesses(ts, 10)
+		wantSeries(t, ts, map[string]float64{`parley_rooms_active`: 1, `parley_rate_limited_total{route="rooms"}`: 4, `parley_rate_limited_total{route="signal"}`: 2})
+
+		// What needs no hash goes on, and so do others.
+		ts.openRoom("")
+		refusal(ts, wsDial{room: r.RoomID}).want(t, http.StatusForbidden, "wrong_password", "")
+		for _, from := range []string{"192.0.2.2", "192.0.2.7"} {
+			open(from)().want(t, http.StatusCreated, "", "")
+		}
+		spend(network{}, 10*hashesPerMinute)
+
+		for i := range siteShare * hashesPerMinute {
+			spend(networkOf(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 7: byte(i % 100)})), 1)
+		}
+		open("2001:db8:0:ff::1")().want(t, http.StatusTooManyRequests, tooMany, "")
+		open("2001:db8:1::1")().want(t, http.StatusCreated, "", "")
 	})
 }
