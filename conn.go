@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -195,7 +196,7 @@ func (c *conn) accept(w http.ResponseWriter, r *http.Request, subprotocol string
 	ws, err := websocket.Accept(&h, r, &options)
 	if err != nil {
 		if c.net != nil {
-			c.net.Close()
+			rawConn(c.net).Close()
 		}
 		return nil, err
 	}
@@ -870,7 +871,7 @@ func (c *conn) beat() {
 			c.timer.Reset(time.Duration(left))
 			return
 		}
-		c.net.Close() // not aborted: perhaps the close frame is on its way
+		rawConn(c.net).Close() // not aborted: perhaps the close frame is on its way
 		return
 	}
 	silentAt := c.lastByte.Load() + int64(2*c.heartbeat)
@@ -951,11 +952,21 @@ func (c *conn) abort(code closeCode) {
 	started := c.started
 	c.mu.Unlock()
 	if started {
-		if tcp, ok := c.net.(*net.TCPConn); ok {
+		raw := rawConn(c.net)
+		if tcp, ok := raw.(*net.TCPConn); ok {
 			tcp.SetLinger(0)
 		}
-		c.net.Close()
+		raw.Close()
 	}
+}
+
+// rawConn returns the connection under TLS, to be closed: a tls.Conn would first
+// say that it closes, and wait up to 5 seconds for a peer that does not read.
+func rawConn(c net.Conn) net.Conn {
+	if t, ok := c.(*tls.Conn); ok {
+		return t.NetConn()
+	}
+	return c
 }
 
 // closing returns the code the connection is closing with, or 0.
@@ -981,7 +992,7 @@ func (c *conn) finish() {
 	if c.closing() != 0 {
 		c.discard()
 	}
-	c.net.Close()
+	rawConn(c.net).Close()
 	c.timer.Stop()
 	c.ws.CloseNow() // only ends its finalizer
 	if c.in != nil {

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"crypto/tls"
 	"io"
+	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -12,9 +14,29 @@ import (
 // cannot be polled. far is the other end.
 func newBareConn(t *testing.T, ts *testServer) (c *conn, far *memConn) {
 	far, near := newMemConns(ts.net.Addr(), ts.net.Addr())
+	return startBareConn(t, ts, near), far
+}
+
+// newBareTLSConn does so with TLS in between. far is below TLS.
+func newBareTLSConn(t *testing.T, ts *testServer) (c *conn, far *memConn) {
+	pair := writePair(t, t.TempDir(), 1)
+	cert, err := tls.LoadX509KeyPair(pair.certFile, pair.keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, near := newMemConns(ts.net.Addr(), ts.net.Addr())
+	server := tls.Server(near, &tls.Config{Certificates: []tls.Certificate{cert}})
+	go tls.Client(far, pair.client()).Handshake()
+	if err := server.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	return startBareConn(t, ts, server), far
+}
+
+func startBareConn(t *testing.T, ts *testServer, near net.Conn) *conn {
 	over := &endlessSource{}
 	over.over.Store(true)
-	c = &conn{connOptions: &ts.connOptions, src: over, net: near}
+	c := &conn{connOptions: &ts.connOptions, src: over, net: near}
 	c.begin(nil)
 	t.Cleanup(func() {
 		c.abort(closeAbnormal)
@@ -22,7 +44,7 @@ func newBareConn(t *testing.T, ts *testServer) (c *conn, far *memConn) {
 		synctest.Wait()
 	})
 	synctest.Wait()
-	return c, far
+	return c
 }
 
 // A ping can be what makes the answers too many. Who pauses then goes on when
@@ -83,5 +105,60 @@ func TestAnswersAfterWritingFailed(t *testing.T) {
 		if code := c.closing(); code != closeAbnormal {
 			t.Errorf("closing with %d, want %d", code, closeAbnormal)
 		}
+	})
+}
+
+// With TLS too, the end of a connection whose client reads nothing waits for
+// nobody: not for the client to be told of it, and with no lock held.
+func TestEndUnderTLS(t *testing.T) {
+	const record = 5 + 1 + 16 // what TLS 1.3 adds to some bytes
+	// fill writes until the socket takes just left bytes more.
+	fill := func(c *conn, far *memConn, left int) {
+		for done := false; !done; synctest.Wait() {
+			far.in.mu.Lock()
+			room := memBuffer - far.in.buf.Len() - left
+			far.in.mu.Unlock()
+			size := 4000
+			if done = room < 4000; done {
+				size = room - record - 4
+			} else if room < 8000 {
+				size = 2000
+			}
+			c.answer(typePong, make([]byte, size))
+		}
+	}
+	gone := func(far *memConn) bool {
+		_, err := far.Write([]byte("x"))
+		return err != nil
+	}
+	t.Run("slow", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ts := newSettledServer(t)
+			c, far := newBareTLSConn(t, ts)
+			c.answer(typePong, make([]byte, 2*memBuffer))
+			synctest.Wait()
+			time.Sleep(stallTimeout)
+			synctest.Wait()
+			if !gone(far) || c.closing() != closeSlow {
+				t.Errorf("not cut after %v; closing with %d", stallTimeout, c.closing())
+			}
+		})
+	})
+	t.Run("closing", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ts := newSettledServer(t)
+			c, far := newBareTLSConn(t, ts)
+			const reason = "server draining"
+			fill(c, far, record+4+len(reason)) // a close frame, and no TLS alert behind it
+			c.close(closeGoingAway, reason)
+			synctest.Wait()
+			time.Sleep(closeGrace)
+			synctest.Wait()
+			start := time.Now()
+			c.answer(typePong, nil) // takes the lock
+			if d := time.Since(start); d > 0 || !gone(far) {
+				t.Errorf("the lock was held for %v, or the socket is still open", d)
+			}
+		})
 	})
 }

@@ -234,7 +234,7 @@ func newConnectionGuard(openFiles int, webSockets func() int) *connectionGuard {
 
 func (g *connectionGuard) track(c net.Conn, state http.ConnState) {
 	if evicted := g.note(c, state); evicted != nil {
-		evicted.Close() // http.Server tells us of that in turn
+		rawConn(evicted).Close() // http.Server tells us of that in turn
 	}
 }
 
