@@ -20,6 +20,9 @@ export async function openDevice(t, browser, url, { init = () => {}, ...options 
   page.errors = [];
   page.on("pageerror", (error) => page.errors.push(String(error)));
   page.on("console", (m) => m.type() === "error" && !/Failed to load resource|WebSocket connection to/.test(m.text()) && page.errors.push(m.text()));
+  // Chromium opens choosers by itself until someone listens here, and headless
+  // that is nowhere. An Enter that follows at once overtakes a late wish to listen.
+  page.on("filechooser", () => {});
   await page.goto(url);
   return page;
 }
