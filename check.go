@@ -218,7 +218,7 @@ func (c *checker) webSocket(appID string) {
 // servers tries each URL of the ICE servers.
 func (c *checker) servers(s iceServers) {
 	if s.Throttled {
-		c.bad("this address has had %d TURN credentials that still live: ask from another, or later", maxCredentials)
+		c.bad("this address has TURN credentials for %d sessions that still live: ask from another, or later", maxRelayedSessions)
 	} else if len(s.Servers) == 0 {
 		c.bad("there are no ICE servers: set STUN_URLS, or devices in different networks will seldom connect")
 	}

@@ -181,7 +181,7 @@ func configOptions(c *config) []option {
 		{name: "TURN_SECRET", secret: true, optionValue: listOption(&c.turnSecrets, keepText, sameText),
 			help: "secret that the TURN servers share (coturn: static-auth-secret); while it is being changed several, separated by commas"},
 		{name: "TURN_TTL", def: "1h", optionValue: durationOption(&c.turnTTL, time.Second, month),
-			help: "how long a TURN credential lives; in this time one address gets at most 30"},
+			help: "how long a TURN credential lives; in this time one address gets them for at most 30 sessions"},
 
 		{name: "HEARTBEAT", def: "20s", optionValue: durationOption(&c.heartbeat, soon, time.Hour),
 			help: "interval of WebSocket pings; a connection silent for two of them is dropped"},

@@ -190,9 +190,8 @@ func (ts *testServer) pairFrames() (seen []string) {
 	a.drop()
 	a = ts.join(wsDial{appID: appID, side: "A", sid: "a", v1: true})
 	gather(a, b)
-	for range maxCredentials {
-		a.send(`{"type":"ice_servers"}`)
-	}
+	ts.useUpRelay()
+	a.send(`{"type":"ice_servers"}`)
 	gather(a)
 	b.drop()
 	a.drop()
@@ -219,9 +218,10 @@ func (ts *testServer) roomFrames() (seen []string) {
 	for _, text := range []string{`{"type":"candidate","payload":1}`, `{"type":"ping","t":1}`, `{"type":"offer","to":"nobody","payload":1}`} {
 		guest.send(text)
 	}
-	for range maxCredentials {
-		guest.send(`{"type":"ice_servers"}`)
-	}
+	guest.send(`{"type":"ice_servers"}`)
+	gather(guest)
+	ts.useUpRelay()
+	guest.send(`{"type":"ice_servers"}`)
 	gather(host, guest)
 	third := ts.join(wsDial{room: room.Code, name: "Cid"})
 	gather(host, third)

@@ -8,8 +8,10 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,9 +23,10 @@ import (
 // (draft-uberti-behave-turn-rest-00). The TURN server shares the secret, and
 // needs to ask nobody.
 
-// maxCredentials is how many TURN credentials that have not expired each
-// network may have been given.
-const maxCredentials = 30
+// maxRelayedSessions is how many sessions each network may have TURN credentials
+// for at a time. A session counts once, however often it is asked for: a pairing
+// alone has up to four answers with credentials in them.
+const maxRelayedSessions = 30
 
 // An iceServer is an RTCIceServer, as browsers take it.
 type iceServer struct {
@@ -33,7 +36,7 @@ type iceServer struct {
 }
 
 // iceServers are what a client may use. throttled says that TURN was left out
-// because its network has had enough credentials.
+// because its network has credentials for as many other sessions as it may.
 type iceServers struct {
 	Servers   []iceServer `json:"iceServers,omitempty"`
 	Throttled bool        `json:"throttled,omitempty"`
@@ -45,15 +48,14 @@ type iceDirectory struct {
 	stun, turn []string // URLs
 	secrets    []string // of the TURN servers, the newest first
 	ttl        time.Duration
-	quota      *credentialQuota
+	quota      *relayQuota
 	metrics    *metrics
 }
 
 func newICEDirectory(cfg *config, m *metrics) *iceDirectory {
 	return &iceDirectory{
 		stun: cfg.stunURLs, turn: cfg.turnURLs, secrets: cfg.turnSecrets, ttl: cfg.turnTTL,
-		quota:   &credentialQuota{newAddressTable(maxAddresses, func() holding { return holding{} })},
-		metrics: m,
+		quota: newRelayQuota(), metrics: m,
 	}
 }
 
@@ -68,7 +70,7 @@ func (d *iceDirectory) servers(id sessionID, n network) (s iceServers) {
 		return s
 	}
 	expires := time.Now().Add(d.ttl)
-	if !d.quota.take(n, expires) {
+	if !d.quota.take(n, id, expires) {
 		d.metrics.turnThrottled.Inc()
 		s.Throttled = true
 		return s
@@ -98,21 +100,41 @@ func turnPassword(secret, username string) string {
 // seconds is the life of what is handed out, as answers give it.
 func (d *iceDirectory) seconds() int { return int(d.ttl / time.Second) }
 
-// A credentialQuota counts each network's credentials until they expire.
-type credentialQuota struct {
-	networks *addressTable[holding]
+// A relayQuota bounds for how many sessions each network has TURN credentials.
+// A session keeps its place until the last of its credentials has expired, so
+// that at no time more of them can be relayed. Where the table of networks is
+// full, the one idle longest makes room, and begins anew.
+type relayQuota struct {
+	seed     maphash.Seed // static after construction
+	networks *addressTable[[]relayedSession]
 }
 
-// take reports whether n may have another credential, and counts it. The zero
-// network is not counted.
-func (q *credentialQuota) take(n network, expires time.Time) (ok bool) {
+// A relayedSession is one that its network has credentials for. Of its ID a hash
+// is enough: two sessions that share one, which nobody can aim at, are counted
+// as one.
+type relayedSession struct {
+	hash  uint32
+	until uint32 // Unix time, at which the last of its credentials expires
+}
+
+func newRelayQuota() *relayQuota {
+	return &relayQuota{maphash.MakeSeed(), newAddressTable(maxAddresses, func() []relayedSession { return nil })}
+}
+
+// take reports whether n may have credentials for a session until expires, and
+// counts the session. The zero network is not counted.
+func (q *relayQuota) take(n network, id sessionID, expires time.Time) (ok bool) {
 	if !n.IsValid() {
 		return true
 	}
-	q.networks.with(n, func(h *holding) {
-		h.expire(time.Now())
-		if ok = len(h.expires) < maxCredentials; ok {
-			h.expires = append(h.expires, expires) // in order: all live as long
+	now := time.Now().Unix()
+	s := relayedSession{uint32(maphash.Comparable(q.seed, id)), uint32(expires.Unix())}
+	q.networks.with(n, func(sessions *[]relayedSession) {
+		*sessions = slices.DeleteFunc(*sessions, func(other relayedSession) bool {
+			return other.hash == s.hash || int64(other.until) <= now
+		})
+		if ok = len(*sessions) < maxRelayedSessions; ok {
+			*sessions = append(*sessions, s)
 		}
 	})
 	return ok

@@ -165,22 +165,75 @@ func TestGetICEServersErrors(t *testing.T) {
 	})
 }
 
-// One address gets 30 credentials that live, wherever it asks; then servers come
-// without TURN, and it is told so, until the first has expired.
+// useUpRelay waits until no session has credentials that live, and lets others
+// than those of before have all that 127.0.0.1 may.
+func (ts *testServer) useUpRelay() {
+	ts.t.Helper()
+	time.Sleep(ts.cfg.turnTTL)
+	for range maxRelayedSessions {
+		ts.mint()
+	}
+}
+
+// Two devices behind one address pair thirty times within TURN_TTL, each with
+// everything that a client asks: a session counts once.
+func TestTURNSessionCountsOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		ts := newTestServer(t, testTURN, "TURN_SECRET=s", "TURN_TTL=1h", "ROOMS=open")
+		relayed := func(what, text string) {
+			t.Helper()
+			if len(ts.iceServers(text)) != 1 || strings.Contains(text, "throttled") {
+				t.Fatalf("%s: %s", what, text)
+			}
+		}
+		var appIDs []string
+		for range maxRelayedSessions - 1 {
+			minted := ts.post("/rendezvous/code", "")
+			relayed("mint", minted.text)
+			relayed("redeem", ts.post("/rendezvous/redeem", `{"code":"`+minted.Code+`"}`).text)
+			for _, side := range []string{"A", "B"} {
+				c := ts.join(wsDial{appID: minted.AppID, side: side, v1: true})
+				relayed("welcome", c.settled()[0])
+				c.send(`{"type":"ice_servers"}`)
+				for _, text := range c.settled() {
+					if strings.Contains(text, "ice_servers") {
+						relayed("frame", text)
+					}
+				}
+			}
+			appIDs = append(appIDs, minted.AppID)
+		}
+		room := ts.openRoom("")
+		for range 8 {
+			relayed("join", ts.join(wsDial{room: room.Code}).settled()[0])
+		}
+		for _, appID := range append(appIDs, room.RoomID) { // who has a place keeps it
+			relayed("GET", ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text)
+		}
+		if text := ts.post("/rendezvous/code", "").text; len(ts.iceServers(text)) != 0 || !strings.Contains(text, `"throttled":true`) {
+			t.Errorf("session %d: %s", maxRelayedSessions+1, text)
+		}
+	})
+}
+
+// One address gets credentials for 30 sessions, wherever it asks; for any other
+// servers come without TURN, and it is told so, until a session's last credential
+// has expired.
 func TestTURNThrottled(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, testSTUN, testTURN, "TURN_SECRET=s", "TURN_TTL=10m", "ROOM_TTL=1h", "RATE_EXEMPT=10.9.9.9", "ROOMS=open")
-		_, appID := ts.mint()
-		a := ts.join(wsDial{appID: appID, side: "A", v1: true})
-		a.settled()
-		ask := func() string { return ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text }
-		for i := 3; i <= maxCredentials; i++ {
+		ask := func(appID string) string { return ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text }
+		_, first := ts.mint()
+		for i := 2; i <= maxRelayedSessions; i++ {
 			if i == 20 {
 				time.Sleep(time.Minute)
 			}
-			if text := ask(); len(ts.iceServers(text)) != 2 || strings.Contains(text, "throttled") {
-				t.Fatalf("credential %d: %s", i, text)
+			if text := ts.post("/rendezvous/code", "").text; len(ts.iceServers(text)) != 2 || strings.Contains(text, "throttled") {
+				t.Fatalf("session %d: %s", i, text)
 			}
+		}
+		if text := ask(first); len(ts.iceServers(text)) != 2 { // its place is now held a minute longer
+			t.Errorf("a session with a place: %s", text)
 		}
 		const without = `"iceServers":[{"urls":["stun:stun.example"]}],"throttled":true`
 		throttled := func(what, text string) {
@@ -189,38 +242,38 @@ func TestTURNThrottled(t *testing.T) {
 				t.Errorf("%s: %s", what, text)
 			}
 		}
-		throttled("GET", ask())
 		minted := ts.post("/rendezvous/code", "")
 		throttled("mint", minted.text)
 		throttled("redeem", ts.post("/rendezvous/redeem", `{"code":"`+minted.Code+`"}`).text)
+		throttled("GET", ask(minted.AppID))
+		a := ts.join(wsDial{appID: minted.AppID, side: "A", v1: true})
+		throttled("welcome", a.settled()[0])
 		a.send(`{"type":"ice_servers"}`)
 		throttled("frame", a.settled()[0])
-		throttled("welcome", ts.join(wsDial{appID: appID, side: "B", v1: true}).settled()[0])
 		throttled("join", ts.join(wsDial{room: ts.openRoom("").Code}).settled()[0])
-		if text := ts.call(http.MethodGet, "/metrics", "").text; !strings.Contains(text, `parley_turn_credentials_total{result="issued"} 30`) ||
-			!strings.Contains(text, `parley_turn_credentials_total{result="throttled"} 6`) {
-			t.Error("the metrics do not say so")
-		}
+		wantSeries(t, ts, map[string]float64{
+			`parley_turn_credentials_total{result="issued"}`:    maxRelayedSessions + 1,
+			`parley_turn_credentials_total{result="throttled"}`: 6,
+		})
 
-		for _, from := range []string{"10.0.0.2", "10.9.9.9"} {
-			ts.http = ts.clientFrom(from)
-			n := 0
-			for len(ts.iceServers(ask())) == 2 && n < 40 {
+		// sessions mints until one comes without TURN, and returns how many came with.
+		sessions := func() (n int) {
+			for n < 40 && len(ts.iceServers(ts.post("/rendezvous/code", "").text)) == 2 {
 				n++
 			}
-			if want := map[string]int{"10.0.0.2": 30, "10.9.9.9": 40}[from]; n != want {
-				t.Errorf("%s got %d credentials, want %d", from, n, want)
+			return n
+		}
+		for from, want := range map[string]int{"10.0.0.2": maxRelayedSessions, "10.9.9.9": 40} {
+			ts.http = ts.clientFrom(from)
+			if n := sessions(); n != want {
+				t.Errorf("%s got credentials for %d sessions, want %d", from, n, want)
 			}
 			ts.http.CloseIdleConnections()
 		}
 		ts.http = ts.clientFrom("127.0.0.1")
-		time.Sleep(9 * time.Minute) // the first 19 have expired
-		n := 0
-		for len(ts.iceServers(ask())) == 2 && n < 40 {
-			n++
-		}
-		if n != 19 {
-			t.Errorf("%d credentials after the first 19 have expired", n)
+		time.Sleep(9 * time.Minute) // of the first 19 all but the one that asked again are over
+		if n := sessions(); n != 18 {
+			t.Errorf("%d sessions have room after 18 are over", n)
 		}
 	})
 }
@@ -229,15 +282,14 @@ func TestTURNThrottled(t *testing.T) {
 func TestTURNQuotaByNetwork(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, testTURN, "TURN_SECRET=s")
-		_, appID := ts.mint()
 		got := 0
 		for i := range 40 {
 			ts.http = ts.clientFrom(fmt.Sprintf("2001:db8::%x", i+1))
-			got += len(ts.iceServers(ts.call(http.MethodGet, "/ice-servers?appID="+appID, "").text))
+			got += len(ts.iceServers(ts.post("/rendezvous/code", "").text))
 			ts.http.CloseIdleConnections()
 		}
-		if got != maxCredentials {
-			t.Errorf("a /64 got %d credentials", got)
+		if got != maxRelayedSessions {
+			t.Errorf("a /64 got credentials for %d sessions", got)
 		}
 		if ts.ice.quota.networks.max != maxAddresses {
 			t.Error("the table is not bounded as the others are")

@@ -247,7 +247,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 				s.ask(413, "too_large", post, path, large, jsonType)
 				s.brokenBody(post, path)
 			}
-			for range maxCredentials {
+			for range maxRelayedSessions {
 				minted = s.ask(200, "", post, mint, "")
 			}
 			s.ask(200, "", post, redeem, `{"code":"`+minted.Code+`"}`, jsonType)

@@ -146,6 +146,8 @@ func TestAddressMemory(t *testing.T) {
 	}
 	once, onceV6, busy, generous := guesses(10, part), guesses(10, part), guesses(10, part), guesses(100, part/8)
 	held := newQuota(4)
+	relayed := newRelayQuota()
+	relayed.networks.max = part
 	codes := make([]string, 100)
 	for i := range codes {
 		codes[i] = fmt.Sprintf("%04d", i)
@@ -196,6 +198,13 @@ func TestAddressMemory(t *testing.T) {
 				guess(generous, numberedIPv4(i), codes)
 			}
 		}, func() []int { return []int{tableSize(generous.networks)} }, 64, documentedTable, generous},
+		{"TURN credentials, addresses with as many as they may", func() {
+			for i := range 2 * part {
+				for session := range maxRelayedSessions {
+					relayed.take(numberedIPv4(i), sessionID{byte(session)}, time.Now().Add(time.Hour))
+				}
+			}
+		}, func() []int { return []int{tableSize(relayed.networks)} }, 8, documentedTable, relayed},
 		{"quota, networks that gave back what they held", func() {
 			for i := range 100_000 {
 				if ok, _ := held.take(numberedIPv4(i)); !ok {
