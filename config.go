@@ -338,6 +338,10 @@ func (c *config) warnings() (warnings []string) {
 			warnings = append(warnings, "TURN_SECRET with DEV=true makes an open relay: any website gets credentials for your TURN server")
 		}
 	}
+	if !c.dev && len(c.stunURLs) == 0 && len(c.turnURLs) == 0 {
+		warnings = append(warnings, "without STUN_URLS and TURN_URLS only devices in one network connect to each other: "+
+			"set STUN_URLS, and TURN_URLS with TURN_SECRET for networks that need a relay")
+	}
 	return warnings
 }
 

@@ -473,7 +473,7 @@ func TestWarnings(t *testing.T) {
 		"DEV=false":                     false,
 		"ENVIRONMENT=production HOST=a": false,
 	} {
-		got := mustLoad(t, nil, strings.Fields(env)...).warnings()
+		got := mustLoad(t, nil, append(strings.Fields(env), testSTUN)...).warnings()
 		if want != (len(got) == 1) {
 			t.Errorf("%q: got %q", env, got)
 		}

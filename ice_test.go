@@ -314,6 +314,28 @@ func TestTURNRefresh(t *testing.T) {
 	})
 }
 
+// A server for others that names no STUN or TURN server connects nobody across
+// NATs, and says what to set. Without TURN many do connect: an operator's choice,
+// which parley check has a note for.
+func TestNoICEWarning(t *testing.T) {
+	for env, want := range map[string]bool{
+		"DEV=false":                           true,
+		"DEV=false HOST=127.0.0.1":            true, // behind a proxy
+		"DEV=false " + testSTUN:               false,
+		"DEV=false STUN_URLS=":                true,
+		"HOST=127.0.0.1":                      false,
+		"DEV=false TURN_SECRET=s " + testTURN: false,
+	} {
+		got := mustLoad(t, nil, strings.Fields(env)...).warnings()
+		if want != (len(got) == 1) {
+			t.Errorf("%q: got %q", env, got)
+		}
+		if want && !(strings.Contains(got[0], "STUN_URLS") && strings.Contains(got[0], "TURN_URLS") && strings.Contains(got[0], "TURN_SECRET")) {
+			t.Errorf("%q: %q does not say what to set", env, got)
+		}
+	}
+}
+
 // An open relay is warned of, and no secret of it is logged.
 func TestTURNWarning(t *testing.T) {
 	const secret = "not-for-the-log"
