@@ -222,7 +222,7 @@ func (c *checker) servers(s iceServers) {
 	} else if len(s.Servers) == 0 {
 		c.bad("there are no ICE servers: set STUN_URLS, or devices in different networks will seldom connect")
 	}
-	relay := s.Throttled
+	relay, stream := s.Throttled, s.Throttled
 	for _, server := range s.Servers {
 		for _, text := range server.URLs {
 			if _, ok := iceScheme(text); !ok { // on some such, the parser never returns
@@ -239,12 +239,15 @@ func (c *checker) servers(s iceServers) {
 				continue
 			}
 			relay = true
+			stream = stream || uri.Proto == stun.ProtoTypeTCP
 			uri.Username, uri.Password = server.Username, server.Credential
 			c.turn(text, uri)
 		}
 	}
 	if !relay && len(s.Servers) > 0 {
 		c.note("there is no TURN server: peers behind some NATs cannot connect without")
+	} else if relay && !stream {
+		c.note("no TURN URL has ?transport=tcp: peers in networks that let no UDP through cannot connect")
 	}
 }
 
@@ -287,17 +290,105 @@ func (c *checker) turn(text string, uri *stun.URI) {
 	}
 	defer relayed.Close()
 	c.ok("%s relays, from %s", text, relayed.LocalAddr())
-	if host, _, err := net.SplitHostPort(relayed.LocalAddr().String()); err == nil {
-		if ip := net.ParseIP(host); ip.IsPrivate() && !isLocal(uri.Host) {
-			c.bad("%s relays from %s, which others cannot reach: set its external-ip", text, host)
+	if ip := relayed.LocalAddr().(*net.UDPAddr).IP; !isPublic(ip) && !isLocal(uri.Host) {
+		c.bad("%s relays from %s, which others cannot reach: behind a NAT, as at most clouds, set its external-ip and allowed-peer-ip", text, ip)
+		return
+	}
+	c.relayToRelay(text, uri, client, relayed)
+	if uri.Proto == stun.ProtoTypeUDP { // which gets through from here
+		c.intoRelay(text, uri, client, relayed)
+	} else {
+		c.relayOfTCP(text, uri)
+	}
+}
+
+// relayToRelay lets two clients send to each other's relayed address, as peers do
+// of whom neither has UDP. A relay that forbids all private addresses, and is
+// behind a NAT, forbids its own.
+func (c *checker) relayToRelay(text string, uri *stun.URI, client *turn.Client, relayed net.PacketConn) {
+	other, closeOther, err := dialICE(uri)
+	if err != nil {
+		c.bad("%s: a second time: %v", text, err)
+		return
+	}
+	defer closeOther()
+	otherRelayed, err := other.Allocate()
+	if err != nil {
+		c.bad("%s relays for one peer of a session, and not for a second: raise its quota (%v)", text, err)
+		return
+	}
+	defer otherRelayed.Close()
+	err = errors.Join(client.CreatePermission(otherRelayed.LocalAddr()), other.CreatePermission(relayed.LocalAddr()))
+	if e, ok := errors.AsType[*stun.TurnError](err); ok && e.ErrorCodeAttr.Code == stun.CodeForbidden {
+		c.bad("%s forbids its own address, so that two peers without UDP cannot connect: "+
+			"set its allowed-peer-ip to the address that it has on its own machine, the private one behind a NAT", text)
+	} else if err != nil {
+		c.bad("%s permits no way to its own address: %v", text, err)
+	} else if !arrives(relayed, otherRelayed) {
+		c.bad("%s relays nothing to its own address, so that two peers without UDP cannot connect", text)
+	} else {
+		c.ok("%s relays between two of its peers", text)
+	}
+}
+
+// intoRelay sends to the relayed address from outside, as a peer with UDP does.
+func (c *checker) intoRelay(text string, uri *stun.URI, client *turn.Client, relayed net.PacketConn) {
+	peer, err := listenFor(net.JoinHostPort(uri.Host, strconv.Itoa(uri.Port)))
+	if err != nil {
+		c.bad("%s: %v", text, err)
+		return
+	}
+	defer peer.Close()
+	mapped, err := client.SendBindingRequest()
+	if err != nil || client.CreatePermission(mapped) != nil {
+		return // it relays nothing to the network that this machine is in
+	}
+	if !arrives(peer, relayed) {
+		c.bad("%s gets nothing that is sent to its relayed address: open its ports for UDP, 49152 to 65535, and see that its external-ip is right", text)
+		return
+	}
+	c.ok("%s relays from a peer that has UDP", text)
+}
+
+// relayOfTCP asks for a relay of TCP (RFC 6062), which no browser uses: who has a
+// credential reaches any server with it, as through an open proxy.
+func (c *checker) relayOfTCP(text string, uri *stun.URI) {
+	client, closeAll, err := dialICE(uri)
+	if err != nil {
+		return // it has just been reached
+	}
+	defer closeAll()
+	if relayed, err := client.AllocateTCP(); err == nil {
+		relayed.Close()
+		c.note("%s relays TCP to any server, which peers do not need: set no-tcp-relay", text)
+	}
+}
+
+// arrives reports whether a datagram from one gets to the address of the other.
+func arrives(from, to net.PacketConn) bool {
+	sent := []byte("parley check")
+	got := make([]byte, 1500)
+	for range checkTimeout / time.Second * 4 {
+		from.WriteTo(sent, to.LocalAddr()) // one may be lost
+		to.SetReadDeadline(time.Now().Add(time.Second / 4))
+		if n, _, err := to.ReadFrom(got); err == nil && bytes.Equal(got[:n], sent) {
+			return true
 		}
 	}
+	return false
 }
 
 // isLocal reports whether a host is in a private network, or this machine.
 func isLocal(host string) bool {
 	ips, err := net.LookupIP(host)
-	return err == nil && len(ips) > 0 && (ips[0].IsPrivate() || ips[0].IsLoopback())
+	return err == nil && len(ips) > 0 && !isPublic(ips[0])
+}
+
+// isPublic reports whether an address can be reached from anywhere: none of this
+// machine's or link's, nor of a private network or a carrier's (RFC 6598).
+func isPublic(ip net.IP) bool {
+	carrier := net.IPNet{IP: net.IPv4(100, 64, 0, 0), Mask: net.CIDRMask(10, 32)}
+	return ip.IsGlobalUnicast() && !ip.IsPrivate() && !carrier.Contains(ip)
 }
 
 // dialICE connects to a STUN or TURN server as its URL says.

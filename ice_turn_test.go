@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,21 +29,25 @@ import (
 
 const coturnSecret = "shared with coturn"
 
-// startCoturn runs coturn on loopback until the test ends, and returns its address.
-func startCoturn(t *testing.T, secret string) string {
+// startCoturn runs coturn on loopback until the test ends, and returns its address:
+// without a configuration, or as settings say.
+func startCoturn(t *testing.T, secret string, settings ...string) string {
 	t.Helper()
 	path, err := exec.LookPath("turnserver")
 	if err != nil {
 		t.Fatal("coturn is missing: make test installs it")
 	}
+	if settings == nil {
+		settings = []string{"-n", "--relay-ip=127.0.0.1", "--no-tls", "--no-dtls", "--no-cli", "--no-rfc5780", "--log-file=stdout"}
+	}
 	dir := t.TempDir()
 	for range 5 { // another may take the port first
 		port := freePort(t)
 		out := new(lockedBuffer)
-		cmd := exec.Command(path, "-n", "--listening-ip=127.0.0.1", "--relay-ip=127.0.0.1", "--allow-loopback-peers",
+		cmd := exec.Command(path, append(slices.Clone(settings), "--listening-ip=127.0.0.1", "--allow-loopback-peers",
 			"--listening-port="+port, "--use-auth-secret", "--static-auth-secret="+secret, "--realm=parley.test",
-			"--no-tls", "--no-dtls", "--no-cli", "--no-rfc5780", "--relay-threads=1", "--log-file=stdout", "--simple-log",
-			"--userdb="+filepath.Join(dir, "turndb"), "--pidfile="+filepath.Join(dir, "pid"))
+			"--relay-threads=1", "--simple-log",
+			"--userdb="+filepath.Join(dir, "turndb"), "--pidfile="+filepath.Join(dir, "pid"))...)
 		cmd.Dir, cmd.Stdout, cmd.Stderr = dir, out, out
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		if err := cmd.Start(); err != nil {
@@ -291,6 +296,91 @@ func TestCheck(t *testing.T) {
 			}
 			if t.Failed() {
 				t.Log(out)
+			}
+		})
+	}
+}
+
+// turnserverConf has coturn take the configuration that users are given, and
+// more lines of it.
+func turnserverConf(t *testing.T, lines ...string) (settings []string) {
+	t.Helper()
+	conf, err := os.ReadFile("deploy/turnserver.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "turnserver.conf")
+	if err := os.WriteFile(path, append(conf, strings.Join(lines, "\n")+"\n"...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"-c", path}
+}
+
+// As at a cloud, coturn has another address than the one that the world knows, and
+// it is one of those that deploy/turnserver.conf forbids: two peers without UDP
+// meet there only where it is allowed.
+func TestCheckTURNBehindNAT(t *testing.T) {
+	const mapped, own, other = "external-ip=127.0.0.1/127.0.0.1", "allowed-peer-ip=127.0.0.1", "external-ip=127.0.0.9/127.0.0.1"
+	for _, tc := range []struct {
+		name  string
+		lines []string
+		says  []string
+		never string
+	}{
+		{"as documented", []string{mapped, own},
+			[]string{"?transport=udp relays between two of its peers", "?transport=udp relays from a peer that has UDP",
+				"?transport=tcp relays between two of its peers", "All is well."}, "relays TCP to any server"},
+		{"its own address forbidden", []string{"external-ip=127.0.0.1"}, // with "/127.0.0.1", newer coturn allows that
+			[]string{"?transport=udp forbids its own address", "?transport=tcp forbids its own address", "set its allowed-peer-ip", "2 wrong."}, "relays between"},
+		{"another external address than its own", []string{other, own},
+			[]string{"?transport=tcp relays between two of its peers", "relays, from 127.0.0.9:", "gets nothing that is sent to its relayed address: open its ports for UDP", "1 wrong."}, "All is well"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			addr := startCoturn(t, coturnSecret, turnserverConf(t, tc.lines...)...)
+			server := startBinary(t, "DEV=false", "TURN_URLS=turn:"+addr+"?transport=udp,turn:"+addr+"?transport=tcp", "TURN_SECRET="+coturnSecret)
+			_, out := check(t, server.base)
+			for _, say := range tc.says {
+				if !strings.Contains(out, say) {
+					t.Errorf("does not say %q", say)
+				}
+			}
+			if strings.Contains(out, tc.never) {
+				t.Errorf("says %q", tc.never)
+			}
+			if t.Failed() {
+				t.Log(out)
+			}
+		})
+	}
+}
+
+// With a credential nobody opens TCP connections from the TURN server (RFC 6062).
+// One that has no configuration does let them, and parley check tells.
+func TestTURNRelaysNoTCP(t *testing.T) {
+	for name, settings := range map[string][]string{"as documented": turnserverConf(t), "unconfigured": nil} {
+		t.Run(name, func(t *testing.T) {
+			addr := startCoturn(t, coturnSecret, settings...)
+			server := startBinary(t, "TURN_URLS=turn:"+addr+"?transport=tcp", "TURN_SECRET="+coturnSecret)
+			_, _, servers := mintWithServers(t.Context(), t, server)
+			uri, err := stun.ParseURI(servers[0].URLs[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			uri.Username, uri.Password = servers[0].Username, servers[0].Credential
+			client, closeAll, err := dialICE(uri)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer closeAll()
+			relayed, err := client.AllocateTCP()
+			if err == nil {
+				relayed.Close()
+			}
+			_, out := check(t, server.base)
+			told := strings.Contains(out, "note   turn:"+addr+"?transport=tcp relays TCP to any server, which peers do not need: set no-tcp-relay")
+			if refused := err != nil; refused != (settings != nil) || told == refused {
+				t.Errorf("a TCP relay: %v\n%s", err, out)
 			}
 		})
 	}
