@@ -6,12 +6,14 @@ import (
 	"context"
 	"crypto/rand"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -131,6 +133,79 @@ func TestExampleGo(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The programs end when the file has arrived, also where STUN and TURN servers
+// never answer, over UDP and TCP alike: the connect of a TCP alone would wait for
+// more than two minutes.
+func TestExampleGoEnds(t *testing.T) {
+	t.Parallel()
+	addr := blackHole(t)
+	server := startBinary(t, "STUN_URLS=stun:"+addr, "TURN_URLS=turn:"+addr+"?transport=udp,turn:"+addr+"?transport=tcp", "TURN_SECRET=s")
+	programs := buildExamples(t)
+	began := time.Now()
+	send, invitation := startSend(t, programs, server, "note", []byte("hello"))
+	if out, err := runReceive(t, programs, server, t.TempDir(), invitation); err != nil {
+		t.Fatalf("receive: %v\n%s", err, out)
+	}
+	if err := send.Wait(); err != nil {
+		t.Errorf("send: %v\n%s", err, send.Stderr)
+	}
+	if took := time.Since(began); took > 30*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// blackHole returns an address of this machine where nothing answers: datagrams
+// are not read, and TCP connections not completed, as behind a firewall.
+func blackHole(t *testing.T) string {
+	t.Helper()
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { udp.Close() })
+	port := udp.LocalAddr().(*net.UDPAddr).Port
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	addr := udp.LocalAddr().String()
+	for { // until its queue, which nobody takes from, is full
+		conn, err := net.DialTimeout("tcp", addr, 200*time.Millisecond)
+		if err != nil {
+			return addr
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+}
+
+// Where no way leads to the other side, and the server gave no relay because the
+// address had its share, the program says so.
+func TestExampleGoThrottled(t *testing.T) {
+	t.Parallel()
+	server := startBinary(t, "ROOM_TTL=5s", "TURN_URLS=turn:127.0.0.1:1?transport=tcp", "TURN_SECRET=s")
+	ctx := rtcContext(t)
+	for range maxRelayedSessions {
+		server.mint(ctx, t)
+	}
+	programs := buildExamples(t)
+	send, invitation := startSend(t, programs, server, "note", []byte("hello"))
+	code, _, _ := strings.Cut(invitation, "-")
+	b := dialRTCPeer(ctx, t, server, server.redeem(ctx, t, code), "B")
+	b.start(relayOnly(nil)) // answers, and has no candidates
+	err := send.Wait()
+	said := send.Stderr.(*bytes.Buffer).String()
+	if err == nil || !strings.Contains(said, "cannot reach each other") || !strings.Contains(said, "throttled") {
+		t.Errorf("send: %v\n%s", err, said)
+	}
 }
 
 // buildExamples builds the Go examples with the race detector, and returns the

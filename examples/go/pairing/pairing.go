@@ -33,6 +33,7 @@ type Session struct {
 	AppID      string             `json:"appID"`
 	ExpiresAt  time.Time          `json:"expiresAt"`
 	ICEServers []webrtc.ICEServer `json:"iceServers"`
+	Throttled  bool               `json:"throttled"` // there is a relay, and not for this session
 
 	server string
 	side   string // A minted the code, B redeemed it
@@ -125,7 +126,7 @@ func (p *Peer) connect(s *Session) (err error) {
 	})
 	p.pc.OnConnectionStateChange(func(state webrtc.PeerConnectionState) {
 		if state == webrtc.PeerConnectionStateFailed {
-			p.fail(errors.New("the two machines cannot reach each other"))
+			p.fail(s.unreachable())
 		}
 	})
 	if s.side == "B" {
@@ -135,6 +136,10 @@ func (p *Peer) connect(s *Session) (err error) {
 	go p.signal(s.side)
 
 	expiry := time.AfterFunc(time.Until(s.ExpiresAt), func() {
+		if p.pc.RemoteDescription() != nil { // the other side is there
+			p.fail(s.unreachable())
+			return
+		}
 		p.fail(errors.New("the other side did not connect before the code expired"))
 	})
 	defer expiry.Stop()
@@ -148,6 +153,15 @@ func (p *Peer) connect(s *Session) (err error) {
 	}
 	p.ws.Close(websocket.StatusNormalClosure, "") // the server is not needed any more
 	return nil
+}
+
+// unreachable says why two programs that are both there do not connect.
+func (s *Session) unreachable() error {
+	if s.Throttled {
+		return errors.New("the two machines cannot reach each other; for now the server gives this address no relay, " +
+			"which it has used for many sessions (throttled): try again later")
+	}
+	return errors.New("the two machines cannot reach each other")
 }
 
 // use makes a data channel the one that messages go over. A opens it.
@@ -316,7 +330,19 @@ func (p *Peer) Close() {
 		p.ws.Close(websocket.StatusNormalClosure, "")
 	}
 	p.fail(errors.New("closed"))
-	if p.pc != nil {
+	if p.pc == nil {
+		return
+	}
+	closed := make(chan struct{})
+	go func() {
 		p.pc.GracefulClose()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(time.Second):
+		// The other side has been told. What is left waits for STUN and TURN servers
+		// that do not answer, where TCP is blocked for more than two minutes: pion
+		// cannot be told to give them up.
 	}
 }
