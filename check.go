@@ -222,7 +222,7 @@ func (c *checker) servers(s iceServers) {
 	} else if len(s.Servers) == 0 {
 		c.bad("there are no ICE servers: set STUN_URLS, or devices in different networks will seldom connect")
 	}
-	relay, stream := s.Throttled, s.Throttled
+	relays := make(map[stun.ProtoType]bool) // by transport of TURN URLs: whether one of them relays
 	for _, server := range s.Servers {
 		for _, text := range server.URLs {
 			if _, ok := iceScheme(text); !ok { // on some such, the parser never returns
@@ -234,20 +234,27 @@ func (c *checker) servers(s iceServers) {
 				c.bad("%s is no URL of a STUN or TURN server: %v", text, err)
 				continue
 			}
+			if isLocal(uri.Host) && !isLocal(c.base.Hostname()) {
+				c.bad("%s is an address that others cannot reach", text)
+			}
 			if uri.Scheme == stun.SchemeTypeSTUN || uri.Scheme == stun.SchemeTypeSTUNS {
 				c.stun(text, uri)
 				continue
 			}
-			relay = true
-			stream = stream || uri.Proto == stun.ProtoTypeTCP
 			uri.Username, uri.Password = server.Username, server.Credential
-			c.turn(text, uri)
+			relays[uri.Proto] = c.turn(text, uri) || relays[uri.Proto]
 		}
 	}
-	if !relay && len(s.Servers) > 0 {
+	overUDP, anyUDP := relays[stun.ProtoTypeUDP]
+	overTCP, anyTCP := relays[stun.ProtoTypeTCP]
+	switch {
+	case s.Throttled || len(s.Servers) == 0:
+	case !anyUDP && !anyTCP:
 		c.note("there is no TURN server: peers behind some NATs cannot connect without")
-	} else if relay && !stream {
+	case !anyTCP:
 		c.note("no TURN URL has ?transport=tcp: peers in networks that let no UDP through cannot connect")
+	case anyUDP && !overUDP && overTCP:
+		c.note("TURN answers by TCP, and not by UDP: if this machine's network lets UDP out, the TURN server's firewall does not let it in")
 	}
 }
 
@@ -266,11 +273,12 @@ func (c *checker) stun(text string, uri *stun.URI) {
 	c.ok("%s answers: it sees %s", text, mapped)
 }
 
-func (c *checker) turn(text string, uri *stun.URI) {
+// turn reports whether the server relays.
+func (c *checker) turn(text string, uri *stun.URI) bool {
 	client, closeAll, err := dialICE(uri)
 	if err != nil {
 		c.bad("%s: %v", text, err)
-		return
+		return false
 	}
 	defer closeAll()
 	relayed, err := client.Allocate()
@@ -283,16 +291,16 @@ func (c *checker) turn(text string, uri *stun.URI) {
 		default:
 			c.bad("%s refuses an allocation: %v", text, e)
 		}
-		return
+		return false
 	} else if err != nil {
 		c.bad("%s does not answer: is it running, and its port open? (%v)", text, err)
-		return
+		return false
 	}
 	defer relayed.Close()
 	c.ok("%s relays, from %s", text, relayed.LocalAddr())
 	if ip := relayed.LocalAddr().(*net.UDPAddr).IP; !isPublic(ip) && !isLocal(uri.Host) {
 		c.bad("%s relays from %s, which others cannot reach: behind a NAT, as at most clouds, set its external-ip and allowed-peer-ip", text, ip)
-		return
+		return true
 	}
 	c.relayToRelay(text, uri, client, relayed)
 	if uri.Proto == stun.ProtoTypeUDP { // which gets through from here
@@ -300,6 +308,7 @@ func (c *checker) turn(text string, uri *stun.URI) {
 	} else {
 		c.relayOfTCP(text, uri)
 	}
+	return true
 }
 
 // relayToRelay lets two clients send to each other's relayed address, as peers do

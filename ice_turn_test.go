@@ -275,6 +275,10 @@ func TestCheck(t *testing.T) {
 			[]string{"ok     stun:" + addr, "WRONG  turn:" + addr + " refuses the credential: its static-auth-secret must be TURN_SECRET", "2 wrong."}},
 		{"no STUN or TURN server there", []string{"DEV=false", "STUN_URLS=stun:" + nobody, "TURN_URLS=turn:" + nobody + "?transport=tcp", "TURN_SECRET=s"}, nil, 1,
 			[]string{"WRONG  stun:" + nobody + " does not answer", "WRONG  turn:" + nobody, "2 wrong."}},
+		{"TURN by UDP alone", append(good[:2:2], "TURN_URLS=turn:"+addr, "TURN_SECRET="+coturnSecret), nil, 0,
+			[]string{"note   no TURN URL has ?transport=tcp", "All is well."}},
+		{"TURN that answers by TCP alone", append(good[:2:2], "TURN_URLS=turn:"+nobody+",turn:"+addr+"?transport=tcp", "TURN_SECRET="+coturnSecret), nil, 1,
+			[]string{"WRONG  turn:" + nobody + " does not answer", "note   TURN answers by TCP, and not by UDP", "1 wrong."}},
 		{"no ICE servers", []string{"DEV=false"}, nil, 1, []string{"WRONG  there are no ICE servers: set STUN_URLS", "1 wrong."}},
 		{"an origin that is not listed", good, []string{"-origin", "https://app.example"}, 1,
 			[]string{"Pages of https://app.example may not call", "CORS_ORIGINS"}},
@@ -298,6 +302,24 @@ func TestCheck(t *testing.T) {
 				t.Log(out)
 			}
 		})
+	}
+}
+
+// A public server that names an ICE server with a private address names none,
+// also where parley check itself can reach it, as on the server's own machine.
+func TestCheckPrivateICEServer(t *testing.T) {
+	addr := startCoturn(t, coturnSecret)
+	for base, want := range map[string]bool{"https://203.0.113.5": true, "https://127.0.0.1": false, "https://192.168.0.7": false} {
+		var out bytes.Buffer
+		c := &checker{out: &out}
+		var err error
+		if c.base, err = url.Parse(base); err != nil {
+			t.Fatal(err)
+		}
+		c.servers(iceServers{Servers: []iceServer{{URLs: []string{"stun:" + addr}}}})
+		if got := strings.Contains(out.String(), "WRONG  stun:"+addr+" is an address that others cannot reach"); got != want {
+			t.Errorf("%s: %s", base, &out)
+		}
 	}
 }
 
