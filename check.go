@@ -31,8 +31,9 @@ Looks at the server at URL as a client does, and says what is wrong: whether it
 answers and is ready, its Redis included; what it takes the caller for, behind
 whatever proxies there are; whether pages of an origin may call it; whether
 WebSockets get through; and whether the STUN and TURN servers that it names
-answer, TURN with a credential that it made. It mints one code. The exit status
-is 1 when something is wrong.
+answer, TURN with a credential that it made, from one of two clients to the
+other and from outside. It mints one code. The exit status is 1 when something
+is wrong.
 
 `
 

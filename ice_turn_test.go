@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/google/uuid"
 	"github.com/pion/stun/v3"
 	"github.com/pion/webrtc/v4"
 )
@@ -120,15 +121,21 @@ func answers(addr string, exited <-chan struct{}) bool {
 	return false
 }
 
-// allocate asks for an allocation with a credential, and returns the error.
-func allocate(t *testing.T, s iceServer) error {
+// turnURI is the first URL of a server, with its credential.
+func turnURI(t *testing.T, s iceServer) *stun.URI {
 	t.Helper()
 	uri, err := stun.ParseURI(s.URLs[0])
 	if err != nil {
 		t.Fatal(err)
 	}
 	uri.Username, uri.Password = s.Username, s.Credential
-	client, closeAll, err := dialICE(uri)
+	return uri
+}
+
+// allocate asks for an allocation with a credential, and returns the error.
+func allocate(t *testing.T, s iceServer) error {
+	t.Helper()
+	client, closeAll, err := dialICE(turnURI(t, s))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,9 +168,9 @@ func mintWithServers(ctx context.Context, t *testing.T, server *process) (code, 
 }
 
 // Two peers that may only be relayed connect with the credentials that came with
-// their code, by UDP and by TCP to the TURN server.
+// their code, by UDP and by TCP to the TURN server, as it is configured at a cloud.
 func TestPeersConnectThroughTURN(t *testing.T) {
-	addr := startCoturn(t, coturnSecret)
+	addr := startCoturn(t, coturnSecret, turnserverConf(t, "external-ip=127.0.0.1/127.0.0.1", "allowed-peer-ip=127.0.0.1")...)
 	for _, transport := range []string{"udp", "tcp"} {
 		t.Run(transport, func(t *testing.T) {
 			server := startBinary(t, "TURN_URLS=turn:"+addr+"?transport="+transport, "TURN_SECRET="+coturnSecret)
@@ -210,6 +217,33 @@ func TestTURNForged(t *testing.T) {
 		if err := allocate(t, s); err == nil || !strings.Contains(err.Error(), "401") {
 			t.Errorf("%s: %v, want it refused", what, err)
 		}
+	}
+}
+
+// A session is one user of coturn, and shares its user-quota, however many
+// credentials it had and whenever they expire.
+func TestTURNSessionIsOneUser(t *testing.T) {
+	addr := startCoturn(t, coturnSecret, turnserverConf(t, "user-quota=1")...)
+	session, another := uuid.New(), uuid.New()
+	credential := func(id sessionID, life time.Duration) iceServer {
+		username := turnUsername(id, time.Now().Add(life))
+		return iceServer{URLs: []string{"turn:" + addr}, Username: username, Credential: turnPassword(coturnSecret, username)}
+	}
+	client, closeAll, err := dialICE(turnURI(t, credential(session, time.Hour)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll()
+	relayed, err := client.Allocate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relayed.Close()
+	if err := allocate(t, credential(session, 2*time.Hour)); err == nil || !strings.Contains(err.Error(), "486") {
+		t.Errorf("another credential of the session: %v, want its quota reached", err)
+	}
+	if err := allocate(t, credential(another, time.Hour)); err != nil {
+		t.Errorf("another session: %v", err)
 	}
 }
 
@@ -385,12 +419,7 @@ func TestTURNRelaysNoTCP(t *testing.T) {
 			addr := startCoturn(t, coturnSecret, settings...)
 			server := startBinary(t, "TURN_URLS=turn:"+addr+"?transport=tcp", "TURN_SECRET="+coturnSecret)
 			_, _, servers := mintWithServers(t.Context(), t, server)
-			uri, err := stun.ParseURI(servers[0].URLs[0])
-			if err != nil {
-				t.Fatal(err)
-			}
-			uri.Username, uri.Password = servers[0].Username, servers[0].Credential
-			client, closeAll, err := dialICE(uri)
+			client, closeAll, err := dialICE(turnURI(t, servers[0]))
 			if err != nil {
 				t.Fatal(err)
 			}
