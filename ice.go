@@ -100,13 +100,14 @@ func turnPassword(secret, username string) string {
 // seconds is the life of what is handed out, as answers give it.
 func (d *iceDirectory) seconds() int { return int(d.ttl / time.Second) }
 
-// A relayQuota bounds for how many sessions each network has TURN credentials.
-// A session keeps its place until the last of its credentials has expired, so
-// that at no time more of them can be relayed. Where the table of networks is
-// full, the one idle longest makes room, and begins anew.
+// A relayQuota bounds for how many sessions each network has TURN credentials,
+// and the IPv6 /48 around it. A session keeps its place until the last of its
+// credentials has expired, so that at no time more of them can be relayed. Where
+// a table is full, the one idle longest makes room, and begins anew.
 type relayQuota struct {
-	seed     maphash.Seed // static after construction
-	networks *addressTable[[]relayedSession]
+	// static after construction
+	seed            maphash.Seed
+	networks, sites *addressTable[[]relayedSession]
 }
 
 // A relayedSession is one that its network has credentials for. Of its ID a hash
@@ -118,22 +119,34 @@ type relayedSession struct {
 }
 
 func newRelayQuota() *relayQuota {
-	return &relayQuota{maphash.MakeSeed(), newAddressTable(maxAddresses, func() []relayedSession { return nil })}
+	none := func() []relayedSession { return nil }
+	// A site has siteShare times as many sessions, so fewer sites fill the memory.
+	return &relayQuota{maphash.MakeSeed(), newAddressTable(maxAddresses, none), newAddressTable(maxAddresses/siteShare, none)}
 }
 
 // take reports whether n may have credentials for a session until expires, and
 // counts the session. The zero network is not counted.
-func (q *relayQuota) take(n network, id sessionID, expires time.Time) (ok bool) {
+func (q *relayQuota) take(n network, id sessionID, expires time.Time) bool {
 	if !n.IsValid() {
 		return true
 	}
-	now := time.Now().Unix()
 	s := relayedSession{uint32(maphash.Comparable(q.seed, id)), uint32(expires.Unix())}
-	q.networks.with(n, func(sessions *[]relayedSession) {
+	// The network first: one that has enough must not take the places of others.
+	if !takePlace(q.networks, n, s, maxRelayedSessions) {
+		return false
+	}
+	site, ok := siteOf(n)
+	return !ok || takePlace(q.sites, site, s, siteShare*maxRelayedSessions)
+}
+
+// takePlace gives s one of the places of key, or lets it keep the one that it has.
+func takePlace(t *addressTable[[]relayedSession], key network, s relayedSession, places int) (ok bool) {
+	now := time.Now().Unix()
+	t.with(key, func(sessions *[]relayedSession) {
 		*sessions = slices.DeleteFunc(*sessions, func(other relayedSession) bool {
 			return other.hash == s.hash || int64(other.until) <= now
 		})
-		if ok = len(*sessions) < maxRelayedSessions; ok {
+		if ok = len(*sessions) < places; ok {
 			*sessions = append(*sessions, s)
 		}
 	})

@@ -278,7 +278,8 @@ func TestTURNThrottled(t *testing.T) {
 	})
 }
 
-// The whole /64 shares one allowance, and the table of them stays small.
+// The whole /64 shares one allowance, and a /48 eight times that; the tables of
+// them stay small.
 func TestTURNQuotaByNetwork(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		ts := newTestServer(t, testTURN, "TURN_SECRET=s")
@@ -291,8 +292,20 @@ func TestTURNQuotaByNetwork(t *testing.T) {
 		if got != maxRelayedSessions {
 			t.Errorf("a /64 got credentials for %d sessions", got)
 		}
-		if ts.ice.quota.networks.max != maxAddresses {
-			t.Error("the table is not bounded as the others are")
+		for i := range 400 {
+			ts.http = ts.clientFrom(fmt.Sprintf("2001:db8:0:%x::1", i+1))
+			got += len(ts.iceServers(ts.post("/rendezvous/code", "").text))
+			ts.http.CloseIdleConnections()
+		}
+		if got != siteShare*maxRelayedSessions {
+			t.Errorf("a /48 got credentials for %d sessions", got)
+		}
+		ts.http = ts.clientFrom("2001:db8:1::1")
+		if text := ts.post("/rendezvous/code", "").text; len(ts.iceServers(text)) != 1 {
+			t.Errorf("another /48: %s", text)
+		}
+		if ts.ice.quota.networks.max != maxAddresses || ts.ice.quota.sites.max > maxAddresses {
+			t.Error("a table is not bounded as the others are")
 		}
 	})
 }

@@ -146,8 +146,8 @@ func TestAddressMemory(t *testing.T) {
 	}
 	once, onceV6, busy, generous := guesses(10, part), guesses(10, part), guesses(10, part), guesses(100, part/8)
 	held := newQuota(4)
-	relayed := newRelayQuota()
-	relayed.networks.max = part
+	relayed, relayedV6 := newRelayQuota(), newRelayQuota()
+	relayed.networks.max, relayedV6.networks.max, relayedV6.sites.max = part, part, part/siteShare
 	codes := make([]string, 100)
 	for i := range codes {
 		codes[i] = fmt.Sprintf("%04d", i)
@@ -198,6 +198,13 @@ func TestAddressMemory(t *testing.T) {
 				guess(generous, numberedIPv4(i), codes)
 			}
 		}, func() []int { return []int{tableSize(generous.networks)} }, 64, documentedTable, generous},
+		{"TURN credentials, IPv6 sites with as many as they may", func() {
+			for i := range 2 * part / siteShare {
+				for session := range siteShare * maxRelayedSessions {
+					relayedV6.take(subnetIPv6(i, session/maxRelayedSessions), sessionID{byte(session)}, time.Now().Add(time.Hour))
+				}
+			}
+		}, func() []int { return []int{tableSize(relayedV6.networks), siteShare * tableSize(relayedV6.sites)} }, 8, 2 * documentedTable, relayedV6},
 		{"TURN credentials, addresses with as many as they may", func() {
 			for i := range 2 * part {
 				for session := range maxRelayedSessions {
