@@ -14,7 +14,10 @@ NEEDS := \
 	git:git \
 	turnserver:coturn \
 	redis-server:redis-server \
-	chromium:chromium \
+	chromium:chromium
+
+# And what make test-long runs besides, to try what is in deploy/.
+NEEDS_LONG := $(NEEDS) \
 	nginx:nginx \
 	caddy:caddy \
 	promtool:prometheus \
@@ -30,14 +33,14 @@ BENCH ?= .
 # npm ci again only when the packages asked for have changed.
 E2E := $(if $(wildcard e2e/package.json),e2e/node_modules/.installed)
 
-.PHONY: test test-long fuzz lint bench dist tools
+.PHONY: test test-long fuzz lint bench dist tools tools-long
 
 test: tools $(E2E)
 	go test -race -count=1 -timeout 10m ./...
 
 # Soak, fault and documentation tests live in *_long_test.go files with the build
 # tag long and have Long in their names. After them, each fuzz target.
-test-long: tools $(E2E)
+test-long: tools-long $(E2E)
 	go test -race -count=1 -tags long -run Long -timeout 40m ./...
 	@bash -c "$$fuzz_script"
 
@@ -63,7 +66,10 @@ dist:
 	@bash -c "$$dist_script"
 
 tools:
-	@bash -c "$$install_script"
+	@needs='$(NEEDS)' bash -c "$$install_script"
+
+tools-long:
+	@needs='$(NEEDS_LONG)' bash -c "$$install_script"
 
 e2e/node_modules/.installed: $(wildcard e2e/package*.json) | tools
 	cd e2e && npm ci --no-audit --no-fund || { echo 'make: npm could not install the packages of e2e/package-lock.json.' >&2; exit 1; }
@@ -73,7 +79,7 @@ define install_script
 set -euo pipefail
 
 missing() {
-	for need in $(NEEDS); do
+	for need in $$needs; do
 		command -v "$${need%%:*}" >/dev/null || echo "$$need"
 	done
 }
@@ -98,18 +104,18 @@ if ! command -v go >/dev/null; then
 	echo 'make: the go command is missing; go.mod says which version is needed, https://go.dev/dl/ has it.' >&2
 	exit 1
 fi
-needs=$$(missing)
-[ -n "$$needs" ] || exit 0
-packages=$$(sed 's/.*://' <<<"$$needs" | sort -u | xargs)
+lacks=$$(missing)
+[ -n "$$lacks" ] || exit 0
+packages=$$(sed 's/.*://' <<<"$$lacks" | sort -u | xargs)
 if command -v apt-get >/dev/null; then
 	echo "make: installing $$packages"
 	as_root apt-get update -q </dev/null || true
 	install_idle || true
 fi
 hash -r
-needs=$$(missing)
-[ -n "$$needs" ] || exit 0
-echo "make: missing and could not be installed: $$(sed 's/:.*//' <<<"$$needs" | xargs)." \
+lacks=$$(missing)
+[ -n "$$lacks" ] || exit 0
+echo "make: missing and could not be installed: $$(sed 's/:.*//' <<<"$$lacks" | xargs)." \
 	"On Debian, as root: apt-get install $$packages" >&2
 exit 1
 endef

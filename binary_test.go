@@ -3,10 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -252,4 +255,47 @@ func (w *listensWatcher) Write(b []byte) (int, error) {
 		}
 	}
 	return w.out.Write(b)
+}
+
+// quietPort returns a port that is free, and that no connection is given as its
+// own before a program listens there.
+func quietPort(t *testing.T) string {
+	t.Helper()
+	for range 50 {
+		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // Linux begins at 32768
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port")
+	return ""
+}
+
+// startProgram runs a program until the test ends, and waits until it listens.
+func startProgram(t *testing.T, addr string, env []string, name string, args ...string) (out *processOutput) {
+	t.Helper()
+	out = new(processOutput)
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s printed:\n%s", name, out)
+		}
+	})
+	eventually(t, name+" listens", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+	return out
 }

@@ -209,3 +209,19 @@ func TestLongKubernetes(t *testing.T) {
 		}
 	}
 }
+
+// The systemd unit says nothing that systemd does not know, and exposes little.
+func TestLongSystemdUnit(t *testing.T) {
+	analyze := needTool(t, "systemd-analyze")
+	unit := filepath.Join(t.TempDir(), "parley.service")
+	writeFile(t, unit, rendered(t, "deploy/systemd/parley.service", "ExecStart=/usr/local/bin/parley", "ExecStart="+buildBinary(t)))
+	for _, args := range [][]string{
+		{"verify", "--man=no", unit},
+		{"security", "--offline=yes", "--threshold=15", unit}, // of 100
+	} {
+		out, err := exec.Command(analyze, args...).CombinedOutput()
+		if err != nil || args[0] == "verify" && len(out) > 0 {
+			t.Errorf("systemd-analyze %s: %v\n%s", args[0], err, out)
+		}
+	}
+}

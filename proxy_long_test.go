@@ -1,3 +1,5 @@
+//go:build long
+
 package main
 
 import (
@@ -7,17 +9,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -38,41 +35,6 @@ type proxy struct {
 // A startProxy starts a proxy in front of the server at upstream, and ends it
 // with the test.
 type startProxy func(t *testing.T, upstream string) *proxy
-
-// rendered returns a file of deploy/ with some of its text replaced, all of
-// which must be there.
-func rendered(t *testing.T, file string, oldnew ...string) string {
-	t.Helper()
-	text := readFile(t, file)
-	for i := 0; i < len(oldnew); i += 2 {
-		if !strings.Contains(text, oldnew[i]) {
-			t.Fatalf("%s has no %q", file, oldnew[i])
-		}
-		text = strings.ReplaceAll(text, oldnew[i], oldnew[i+1])
-	}
-	return text
-}
-
-func readFile(t testing.TB, name string) string {
-	t.Helper()
-	data, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(data)
-}
-
-// needTool returns the path of a program that make test installs.
-func needTool(t testing.TB, name string) string {
-	t.Helper()
-	for _, file := range []string{name, "/usr/sbin/" + name} {
-		if path, err := exec.LookPath(file); err == nil {
-			return path
-		}
-	}
-	t.Fatalf("%s is not installed: `make test` installs it", name)
-	return ""
-}
 
 func startNginx(t *testing.T, upstream string) *proxy {
 	t.Helper()
@@ -110,49 +72,6 @@ func startCaddy(t *testing.T, upstream string) *proxy {
 	out := startProgram(t, addr, []string{"HOME=" + dir, "DOMAIN=http://" + addr, "UPSTREAM=" + upstream},
 		needTool(t, "caddy"), "run", "--adapter", "caddyfile", "--config", file)
 	return &proxy{t: t, base: "http://" + addr, logs: out.String}
-}
-
-// quietPort returns a port that is free, and that no connection is given as its
-// own before a program listens there.
-func quietPort(t *testing.T) string {
-	t.Helper()
-	for range 50 {
-		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // Linux begins at 32768
-		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
-			l.Close()
-			return port
-		}
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-// startProgram runs a program until the test ends, and waits until it listens.
-func startProgram(t *testing.T, addr string, env []string, name string, args ...string) (out *processOutput) {
-	t.Helper()
-	out = new(processOutput)
-	cmd := exec.Command(name, args...)
-	cmd.Env = append(os.Environ(), env...)
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("%s printed:\n%s", name, out)
-		}
-	})
-	eventually(t, name+" listens", func() bool {
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-		}
-		return err == nil
-	})
-	return out
 }
 
 // from returns a client whose connections come from ip.
@@ -233,18 +152,18 @@ func (c *wsClient) awaits(prefix string) (message string) {
 	return message
 }
 
-func TestNginx(t *testing.T) {
+func TestLongNginx(t *testing.T) {
 	t.Parallel()
 	testProxy(t, startNginx)
 }
 
-func TestCaddy(t *testing.T) {
+func TestLongCaddy(t *testing.T) {
 	t.Parallel()
 	testProxy(t, startCaddy)
 }
 
 // Calls that come while the server is restarted are answered once it is back.
-func TestCaddyWaits(t *testing.T) {
+func TestLongCaddyWaits(t *testing.T) {
 	t.Parallel()
 	server := startBinary(t, "TRUSTED_PROXIES=127.0.0.1")
 	p := startCaddy(t, strings.TrimPrefix(server.base, "http://"))
@@ -269,7 +188,7 @@ func TestCaddyWaits(t *testing.T) {
 }
 
 // Of two instances that share a Redis one may go: nobody who calls notices.
-func TestCaddyFleet(t *testing.T) {
+func TestLongCaddyFleet(t *testing.T) {
 	t.Parallel()
 	f := startFleet(t, 2, "redis://"+startRedis(t).addr, "TRUSTED_PROXIES=127.0.0.1")
 	p := startCaddy(t, strings.TrimPrefix(f.all[0].base, "http://")+" "+strings.TrimPrefix(f.all[1].base, "http://"))
