@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -142,20 +143,18 @@ func (p *callerPolicy) originAllowed(r *http.Request) bool {
 	if err != nil || !strings.Contains(origin, "://") {
 		return false
 	}
+	if slices.Contains(p.origins, origin) {
+		return true
+	}
 	u, err := url.Parse(origin)
-	if err != nil {
+	if err != nil || !isWebScheme(u.Scheme) {
 		return false
 	}
-	for _, allowed := range p.origins {
-		if allowed == origin || allowed == u.Hostname() {
-			return true
-		}
-	}
-	return p.sameHost(u, r)
+	return slices.Contains(p.origins, u.Hostname()) || p.sameHost(u, r)
 }
 
-// sameHost reports whether origin is the server's own: the host that the
-// request was sent to, or that a trusted proxy says it was.
+// sameHost reports whether a web page's origin is the server's own: the host
+// that the request was sent to, or that a trusted proxy says it was.
 func (p *callerPolicy) sameHost(origin *url.URL, r *http.Request) bool {
 	host := r.Host
 	if forwarded := r.Header.Get("X-Forwarded-Host"); forwarded != "" && contains(p.trusted, socketAddr(r)) {
@@ -208,10 +207,19 @@ func (p *callerPolicy) advice(r *http.Request, c caller) (advice []string) {
 		advice = append(advice, "Everything in X-Forwarded-For is a trusted proxy, the caller too: unless you call from a proxy's own machine, TRUSTED_PROXIES may be too wide.")
 	}
 	if !p.originAllowed(r) {
-		advice = append(advice, "Pages of "+r.Header.Get("Origin")+" may not call. If they should, add that to CORS_ORIGINS; if they come from this server, its proxy must pass Host on.")
+		advice = append(advice, originAdvice(r.Header["Origin"]))
 	}
 	if u, err := url.Parse("//" + r.Host); p.dev && (err != nil || !isLoopback(u.Hostname())) {
 		advice = append(advice, "DEV=true: pages of any origin may call, and limits are off. Set DEV=false on a server that others reach.")
 	}
 	return advice
+}
+
+// originAdvice says what to do about origins that may not call.
+func originAdvice(origins []string) string {
+	name := strings.Join(origins, ", ")
+	if _, err := parseOrigin(name); err != nil {
+		return "Origin is \"" + name + "\", which cannot be allowed: a page from a file, or in a sandbox, has no origin of its own. Serve it by http or https, or from an app with an origin."
+	}
+	return "Pages of " + name + " may not call. If they should, add that to CORS_ORIGINS; if they come from this server, its proxy must pass Host on."
 }

@@ -256,6 +256,12 @@ func TestWhoami(t *testing.T) {
 			map[string]any{"ip": "198.51.100.1", "proxyTrusted": true}, []string{"TRUSTED_PROXIES may be too wide"}},
 		{"from a foreign page", []string{"DEV=false"}, "198.51.100.1", []string{"Origin: https://app.example"},
 			map[string]any{"origin": "https://app.example", "originAllowed": false}, []string{"https://app.example", "CORS_ORIGINS"}},
+		{"from an app", []string{"DEV=false"}, "198.51.100.1", []string{"Origin: capacitor://localhost"},
+			map[string]any{"origin": "capacitor://localhost", "originAllowed": false}, []string{"capacitor://localhost", "CORS_ORIGINS"}},
+		{"from an app that is listed", []string{"DEV=false", "ALLOWED_ORIGINS=capacitor://localhost"}, "198.51.100.1", []string{"Origin: capacitor://localhost"},
+			map[string]any{"origin": "capacitor://localhost", "originAllowed": true}, nil},
+		{"from a file", []string{"DEV=false"}, "198.51.100.1", []string{"Origin: null"},
+			map[string]any{"origin": "null", "originAllowed": false}, []string{`"null"`, "cannot be allowed", "Serve it"}},
 		{"from its own page through a proxy that hides Host", []string{"DEV=false", "TRUSTED_PROXIES=10.0.0.1"}, "10.0.0.1",
 			[]string{"Host: backend:1234", "X-Forwarded-For: 198.51.100.1", "Origin: https://parley.test"},
 			map[string]any{"originAllowed": false}, []string{"pass Host on"}},
@@ -318,7 +324,9 @@ func TestWhoamiCountsDown(t *testing.T) {
 
 func TestOriginPolicy(t *testing.T) {
 	const (
-		listed  = "CORS_ORIGINS=https://App.Example, http://dev.example:8080, bare.example, 192.0.2.5, https://[2001:db8::5]:8443"
+		apps = "capacitor://localhost, tauri://localhost, chrome-extension://abcdefghijklmnopabcdefghijklmnop, " +
+			"moz-extension://0f1e2d3c-4b5a-4968-8776-655443322110, safari-web-extension://0F1E2D3C-4B5A-4968-8776-655443322110, app://-, app://.:8080"
+		listed  = "CORS_ORIGINS=https://App.Example, http://dev.example:8080, bare.example, 192.0.2.5, https://[2001:db8::5]:8443, " + apps
 		trusted = "TRUSTED_PROXIES=10.0.0.1"
 		direct  = "198.51.100.1:5000"
 		proxy   = "10.0.0.1:5000"
@@ -359,6 +367,26 @@ func TestOriginPolicy(t *testing.T) {
 		{"a bare host alone", direct, "Origin: bare.example", false},
 		{"a bare host of an odd scheme", direct, "Origin: chrome-extension://bare.example", false},
 		{"with a path", direct, "Origin: https://app.example/", false},
+
+		{"Capacitor and Ionic on iOS", direct, "Origin: capacitor://localhost", true},
+		{"Tauri", direct, "Origin: tauri://localhost", true},
+		{"an extension of Chrome", direct, "Origin: chrome-extension://abcdefghijklmnopabcdefghijklmnop", true},
+		{"another extension of Chrome", direct, "Origin: chrome-extension://ponmlkjihgfedcbaponmlkjihgfedcba", false},
+		{"an extension of Firefox", direct, "Origin: moz-extension://0f1e2d3c-4b5a-4968-8776-655443322110", true},
+		{"an extension of Safari", direct, "Origin: safari-web-extension://0F1E2D3C-4B5A-4968-8776-655443322110", true},
+		{"Electron", direct, "Origin: app://-", true},
+		{"an app with a port", direct, "Origin: app://.:8080", true},
+		{"an app without its port", direct, "Origin: app://.", false},
+		{"an app's other port", direct, "Origin: capacitor://localhost:80", false},
+		{"an app's scheme in another case", direct, "Origin: Capacitor://localhost", true},
+		{"an app's other scheme", direct, "Origin: ionic://localhost", false},
+		{"a page of the app's host", direct, "Origin: http://localhost", false},
+		{"a page of the app's host with a port", direct, "Origin: https://localhost:3000", false},
+		{"an app of a longer host", direct, "Origin: capacitor://localhost.evil.test", false},
+		{"an app with a path", direct, "Origin: capacitor://localhost/", false},
+		{"an app as user name", direct, "Origin: https://capacitor://localhost@evil.test", false},
+		{"an app that is named like the server", direct, "Host: parley.test | Origin: app://parley.test", false},
+		{"an app that is named like a bare host", direct, "Origin: app://192.0.2.5", false},
 
 		{"null", direct, "Origin: null", false},
 		{"NULL", direct, "Origin: NULL", false},
@@ -558,13 +586,13 @@ func TestPreflight(t *testing.T) {
 // A WebSocket of a foreign page is refused as HTTP, whatever it speaks.
 func TestWSOrigin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ts := newTestServer(t, "DEV=false", "APP_IDS=any", "CORS_ORIGINS=https://app.example", "WS_RATE_PER_MIN=100")
+		ts := newTestServer(t, "DEV=false", "APP_IDS=any", "CORS_ORIGINS=https://app.example,capacitor://localhost", "WS_RATE_PER_MIN=100")
 		dial := func(v1 bool, origins ...string) wsDial {
 			return wsDial{appID: uuid.NewString(), side: "A", v1: v1, header: http.Header{"Origin": origins}}
 		}
 		for _, v1 := range []bool{false, true} {
 			for _, origins := range [][]string{
-				{"https://evil.test"}, {"null"}, {""}, {"http://app.example"}, {"https://app.example", "https://evil.test"},
+				{"https://evil.test"}, {"null"}, {""}, {"http://app.example"}, {"http://localhost"}, {"ionic://localhost"}, {"https://app.example", "https://evil.test"},
 			} {
 				for range 20 { // no limit counts them
 					wantAnswer(t, refusal(ts, dial(v1, origins...)), http.StatusForbidden, "forbidden_origin")
@@ -578,11 +606,12 @@ func TestWSOrigin(t *testing.T) {
 		})
 		for _, v1 := range []bool{false, true} {
 			ts.join(dial(v1, "https://app.example"))
+			ts.join(dial(v1, "capacitor://localhost"))
 			ts.join(dial(v1, "http://parley.test"))
 			ts.join(dial(v1))
 		}
 		synctest.Wait()
-		wantSeries(t, ts, map[string]float64{"parley_ws_connections": 6})
+		wantSeries(t, ts, map[string]float64{"parley_ws_connections": 8})
 
 		// Nobody who just asks what is there sees more than that it is forbidden.
 		a := ts.call(http.MethodGet, "/ws?appID="+uuid.NewString()+"&side=A", "", "Origin: https://evil.test")

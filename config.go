@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // config is what the operator decided, checked and complete. Nothing changes it after loadConfig.
@@ -70,7 +71,7 @@ type config struct {
 	writeBuf   int
 
 	// Who may call. Origins are lower case and without a default port, as browsers send them;
-	// an entry without "://" is a bare host name.
+	// an entry without "://" is a bare host name, which stands for http and https on any port.
 	corsOrigins    []string
 	trustedProxies []netip.Prefix // masked, and IPv4 never in its IPv6-mapped form
 	rateExempt     []netip.Prefix
@@ -193,7 +194,7 @@ func configOptions(c *config) []option {
 			help: "bytes of the pooled buffer that a connection borrows while it writes; four times as many while that is too few"},
 
 		{name: "CORS_ORIGINS", alias: "ALLOWED_ORIGINS", optionValue: listOption(&c.corsOrigins, parseOrigin, sameText),
-			help: "browser origins that may call while DEV=false, besides the server's own: https://host[:port] or bare host names, separated by commas"},
+			help: "browser origins that may call while DEV=false, besides the server's own, separated by commas: full origins of any scheme, such as https://host[:port] or capacitor://localhost, or bare host names for http and https on any port"},
 		{name: "TRUSTED_PROXIES", optionValue: listOption(&c.trustedProxies, parseNetwork, netip.Prefix.String),
 			help: "proxies whose X-Forwarded-For and X-Forwarded-Host are believed: addresses or CIDRs, separated by commas"},
 		{name: "RATE_EXEMPT", optionValue: listOption(&c.rateExempt, parseNetwork, netip.Prefix.String),
@@ -341,6 +342,12 @@ func (c *config) warnings() (warnings []string) {
 	if !c.dev && len(c.stunURLs) == 0 && len(c.turnURLs) == 0 {
 		warnings = append(warnings, "without STUN_URLS and TURN_URLS only devices in one network connect to each other: "+
 			"set STUN_URLS, and TURN_URLS with TURN_SECRET for networks that need a relay")
+	}
+	for _, origin := range c.corsOrigins {
+		if local := isLoopback(origin) || !strings.Contains(origin, "://") && strings.HasSuffix(origin, ".localhost"); local && !c.dev {
+			warnings = append(warnings, fmt.Sprintf("CORS_ORIGINS lists %s, which lets in every page that any program on a user's own machine serves, "+
+				"http and https, on any port. List full origins: capacitor://localhost or https://localhost for an app, http://localhost:3000 to develop", origin))
+		}
 	}
 	return warnings
 }
@@ -771,6 +778,12 @@ func parseOrigin(entry string) (string, error) {
 	if strings.EqualFold(entry, "null") {
 		return refuse(": any website can send that")
 	}
+	if strings.EqualFold(entry, "file://") {
+		return refuse(": any file can send that")
+	}
+	if strings.ContainsFunc(entry, func(r rune) bool { return r > unicode.MaxASCII }) {
+		return refuse(": write the name as browsers send it, in ASCII (xn--…)")
+	}
 	if strings.Contains(entry, "%") {
 		return refuse("") // an IPv6 zone or an escaped host, which no browser sends
 	}
@@ -785,13 +798,13 @@ func parseOrigin(entry string) (string, error) {
 	if err != nil {
 		return refuse("")
 	}
-	host, ok := canonicalHost(u.Hostname())
-	if !ok {
-		return refuse("")
+	scheme := u.Scheme
+	if web := map[string]string{"ws": "http", "wss": "https"}[scheme]; web != "" {
+		scheme = web
 	}
-	scheme := map[string]string{"http": "http", "https": "https", "ws": "http", "wss": "https"}[u.Scheme]
-	if scheme == "" {
-		return refuse(": write %q", host)
+	host, ok := originHost(scheme, u.Hostname())
+	if !ok || scheme == "ftp" { // of which no browser shows pages any more
+		return refuse("")
 	}
 	origin := scheme + "://" + host
 	if strings.Contains(host, ":") {
@@ -802,7 +815,7 @@ func parseOrigin(entry string) (string, error) {
 		if err != nil || port == 0 {
 			return refuse("")
 		}
-		if (scheme == "http" && port != 80) || (scheme == "https" && port != 443) {
+		if (scheme != "http" || port != 80) && (scheme != "https" || port != 443) {
 			origin += ":" + strconv.FormatUint(port, 10)
 		}
 	}
@@ -813,6 +826,20 @@ func parseOrigin(entry string) (string, error) {
 		return refuse(": write %q", origin)
 	}
 	return origin, nil
+}
+
+// isWebScheme reports whether pages of a scheme come from servers. Those of all others are of apps
+// and extensions, which name themselves as they like.
+func isWebScheme(scheme string) bool { return scheme == "http" || scheme == "https" }
+
+// originHost returns the host of an origin as browsers send it. That of an app or an extension need
+// not be one of the network: app://- is an origin.
+func originHost(scheme, host string) (string, bool) {
+	if canonical, ok := canonicalHost(host); ok || isWebScheme(scheme) {
+		return canonical, ok
+	}
+	host = strings.ToLower(host)
+	return host, host != "" && strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-._") == ""
 }
 
 func checkHost(host string) error {

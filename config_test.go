@@ -160,8 +160,8 @@ func optionCases(t testing.TB) []optionCase {
 		{name: "WS_WRITE_BUF", get: func(c *config) any { return c.writeBuf }, dev: 4096, prod: 4096,
 			text: "1048576", want: 1 << 20, bad: []string{"255", "1048577", "2MiB", "-4096", "4k"}},
 		{name: "CORS_ORIGINS", get: func(c *config) any { return c.corsOrigins }, dev: []string(nil), prod: []string(nil),
-			text: "https://App.Example:443, http://a.b:8080,LOCALHOST,,https://[::1]:8443,",
-			want: []string{"https://app.example", "http://a.b:8080", "localhost", "https://[::1]:8443"},
+			text: "https://App.Example:443, http://a.b:8080,LOCALHOST,,https://[::1]:8443,Capacitor://localhost,app://-:80,",
+			want: []string{"https://app.example", "http://a.b:8080", "localhost", "https://[::1]:8443", "capacitor://localhost", "app://-:80"},
 			bad: []string{"*", "https://*.a.example", "https://a.example/", "a.example/app", "a.example:8080", "https://a?b",
 				"https://a#", "https://u:p@a", "ftp://a", "wss://a", "https://", "null", "https://a:99999", "https://a:0",
 				"https://a b", "a,b c", "https://bücher.example", "fe80::1%eth0"}},
@@ -377,7 +377,17 @@ func TestOriginHints(t *testing.T) {
 		"ws://[::1]:80":          `write "http://[::1]"`,
 		"a.example/app":          `write "a.example"`,
 		"a.example:8080":         `write "https://a.example:8080"`,
-		"capacitor://localhost":  `write "localhost"`,
+		"capacitor://localhost/": `write "capacitor://localhost"`,
+		"app://me@-/index.html":  `write "app://-"`,
+		"app://":                 "must list full origins",
+		"app://-:0":              "must list full origins",
+		"app:///index.html":      "must list full origins",
+		"1app://localhost":       "must list full origins",
+		"app://a$b":              "must list full origins",
+		"file://":                "any file can send that",
+		"file:///index.html":     "must list full origins",
+		"https://bücher.example": "xn--",
+		"bücher.example":         "xn--",
 		"null":                   "any website can send that",
 	} {
 		if _, err := loadConfig(nil, environ("CORS_ORIGINS="+entry)); err == nil || !strings.Contains(err.Error(), hint) {
@@ -479,6 +489,28 @@ func TestWarnings(t *testing.T) {
 		}
 		if want && !(strings.Contains(got[0], "DEV=false") && strings.Contains(got[0], "HOST=127.0.0.1")) {
 			t.Errorf("%q: %q does not say what to set", env, got)
+		}
+	}
+}
+
+// A bare name of a user's own machine opens more than its writer may think.
+func TestLocalOriginWarnings(t *testing.T) {
+	for origin, want := range map[string]bool{
+		"localhost":              true,
+		"LocalHost":              true,
+		"127.0.0.1":              true,
+		"::1":                    true,
+		"tauri.localhost":        true,
+		"capacitor://localhost":  false,
+		"https://localhost":      false,
+		"http://127.0.0.1:3000":  false,
+		"app.example":            false,
+		"localhost.example":      false,
+		"http://tauri.localhost": false,
+	} {
+		got := strings.Join(mustLoad(t, nil, "DEV=false", "CORS_ORIGINS=app.example,"+origin).warnings(), "\n")
+		if opens := strings.Contains(got, "lists "+strings.ToLower(origin)+", ") && strings.Contains(got, "http and https, on any port"); opens != want || (got == "") == want {
+			t.Errorf("%s: got %q", origin, got)
 		}
 	}
 }
@@ -609,7 +641,11 @@ func inRange(c *config) error {
 		check(prefix.String(), prefix.IsValid() && prefix == prefix.Masked() && !prefix.Addr().Is4In6())
 	}
 	for _, origin := range c.corsOrigins {
-		check(origin, origin == strings.ToLower(origin) && !strings.ContainsAny(strings.TrimPrefix(strings.TrimPrefix(origin, "http://"), "https://"), "/*@?# "))
+		host := origin
+		if _, rest, full := strings.Cut(origin, "://"); full {
+			host = rest
+		}
+		check(origin, origin == strings.ToLower(origin) && host != "" && !strings.ContainsAny(host, "/*@?# "))
 	}
 	return errors.Join(errs...)
 }
