@@ -533,6 +533,34 @@ func TestAllowedOrigin(t *testing.T) {
 			readable(path, ts.call(http.MethodGet, path, "", origin))
 			readable("HEAD "+path, ts.call(http.MethodHead, path, "", origin))
 		}
+		for what, a := range map[string]httpAnswer{
+			"an unknown path":       ts.call(http.MethodGet, "/nothing", "", origin),
+			"a write to one":        ts.call(http.MethodPost, "/nothing", "{}", origin),
+			"rooms that are off":    ts.call(http.MethodPost, "/api/rooms", "{}", origin),
+			"a room while off":      ts.call(http.MethodGet, "/api/rooms/ABCDEF", "", origin),
+			"a path that is nearly": ts.call(http.MethodGet, "//healthz", "", origin),
+			"a method of no path":   ts.call(http.MethodPut, "/rendezvous/code", "", origin),
+			"too large":             redeemAt(ts, strings.Repeat("1", maxBody), origin),
+			"no upgrade":            ts.call(http.MethodGet, "/ws", "", origin),
+			"no session":            ts.call(http.MethodGet, "/ws?side=A&appID="+uuid.NewString(), "", append(upgradeHeaders, origin)...),
+			"no side":               ts.call(http.MethodGet, "/ws?side=C&appID="+uuid.NewString(), "", append(upgradeHeaders, origin)...),
+			"a write to a file":     ts.call(http.MethodPost, "/web/parley.js", "", origin),
+		} {
+			if a.status < 400 {
+				t.Errorf("%s is answered %d", what, a.status)
+			}
+			readable(what, a)
+		}
+		ts.draining.Store(true)
+		readable("not ready", ts.call(http.MethodGet, "/readyz", "", origin))
+		ts.draining.Store(false)
+		for _, a := range []httpAnswer{ // of others
+			ts.call(http.MethodGet, "/nothing", "", "Origin: https://evil.test"),
+			ts.call(http.MethodPost, "/api/rooms", "", "Origin: https://evil.test"),
+			ts.call(http.MethodGet, "/ws", "", "Origin: https://evil.test"),
+		} {
+			wantNoCORS(t, a)
+		}
 		// Who sends no Origin needs no CORS.
 		a := ts.call(http.MethodGet, "/whoami", "")
 		wantAnswer(t, a, http.StatusOK, "")
@@ -552,7 +580,7 @@ func TestPreflight(t *testing.T) {
 			return a
 		}
 		for range 5 { // no limit counts them
-			for _, path := range []string{"/rendezvous/code", "/rendezvous/redeem"} {
+			for _, path := range []string{"/rendezvous/code", "/rendezvous/redeem", "/api/rooms", "/api/rooms/ABCDEF", "/nothing", "/rendezvous/code/", "//x"} {
 				a := preflight(path, "https://app.example", "POST", "Access-Control-Request-Headers: authorization,content-type")
 				for name, want := range map[string]string{
 					"Access-Control-Allow-Origin":  "https://app.example",

@@ -33,7 +33,7 @@ type server struct {
 	decoders   *sync.Pool // of *frameDecoder
 	version    versionInfo
 	callers    *callerPolicy
-	cors       *cors.Cors
+	preflights *cors.Cors
 	jsonHeader http.Header // of every answer in JSON
 	limits     limits
 	ice        *iceDirectory
@@ -79,11 +79,10 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 	if keys != nil {
 		s.background = append(s.background, keys)
 	}
-	s.cors = cors.New(cors.Options{
+	s.preflights = cors.New(cors.Options{
 		AllowOriginVaryRequestFunc: func(r *http.Request, _ string) (bool, []string) { return s.callers.originAllowed(r), nil },
 		AllowedMethods:             []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete},
 		AllowedHeaders:             []string{"Content-Type", "Authorization"},
-		ExposedHeaders:             []string{"Date", "Retry-After", "WWW-Authenticate"},
 		MaxAge:                     600,
 	})
 	return s
@@ -92,7 +91,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 // handler returns the routes.
 func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
-	route := func(pattern string, e endpoint) { mux.Handle(pattern, s.cors.Handler(s.endpoint(e))) }
+	route := func(pattern string, e endpoint) { mux.Handle(pattern, s.endpoint(e)) }
 	route("/rendezvous/code", endpoint{limit: routeCode, methods: methods{http.MethodPost: s.mintCode}})
 	route("/rendezvous/redeem", endpoint{limit: routeRedeem, methods: methods{http.MethodPost: s.redeemCode}})
 	route("/ice-servers", endpoint{limit: routeICE, methods: methods{http.MethodGet: s.getICEServers}})
@@ -106,17 +105,37 @@ func (s *server) handler() http.Handler {
 			http.MethodGet: s.getRoom, http.MethodPatch: s.changeRoom, http.MethodDelete: s.deleteRoom}})
 	}
 	for pattern, file := range s.webFiles() {
-		mux.Handle(pattern, s.endpoint(file))
+		route(pattern, file)
 	}
 	if s.cfg.metricsAddr == "" {
 		route(s.cfg.metricsRoute, s.metricsEndpoint())
 	}
 	// Browsers do not ask before they open a WebSocket: connect checks the origin.
-	mux.Handle("/ws", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveWS}}))
+	route("/ws", endpoint{methods: methods{http.MethodGet: s.serveWS}})
 	if s.cfg.rooms != "off" {
-		mux.Handle("/ws/signal/{room}", s.endpoint(endpoint{methods: methods{http.MethodGet: s.serveSignal}}))
+		route("/ws/signal/{room}", endpoint{methods: methods{http.MethodGet: s.serveSignal}})
 	}
-	return s.exactly(mux)
+	return s.readable(s.exactly(mux))
+}
+
+// readable lets pages of the origins that may call read every answer, whatever
+// it says and whether or not there is something at the path. It answers their
+// preflights.
+func (s *server) readable(next http.Handler) http.Handler {
+	vary, exposed := []string{"Origin"}, []string{"Date, Retry-After, WWW-Authenticate"} // nobody changes a header's values
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
+			s.preflights.HandlerFunc(w, r)
+			return
+		}
+		h := w.Header()
+		h["Vary"] = vary
+		if origin := r.Header.Get("Origin"); origin != "" && s.callers.originAllowed(r) {
+			h.Set("Access-Control-Allow-Origin", origin)
+			h["Access-Control-Expose-Headers"] = exposed
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // metricsHandler returns the routes of METRICS_ADDR.
