@@ -411,6 +411,149 @@ func TestOddPaths(t *testing.T) {
 	})
 }
 
+// Whoever writes a path nearly right is told the right one.
+func TestNearPaths(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open", "METRICS_ROUTE=/Numbers", "DEMO=true")
+		for path, near := range map[string]string{
+			"/ws/":                      "/ws",
+			"//ws":                      "/ws",
+			"/WS":                       "/ws",
+			"/./ws":                     "/ws",
+			"/x/../ws":                  "/ws",
+			"/ws/.":                     "/ws",
+			"/ws%2f":                    "/ws",
+			"/rendezvous/code/":         "/rendezvous/code",
+			"/rendezvous//code":         "/rendezvous/code",
+			"/Rendezvous/Code/":         "/rendezvous/code",
+			"/api/rooms/":               "/api/rooms",
+			"/api/rooms/ABCDEF/":        "/api/rooms/{room}",
+			"/API/rooms/ABCDEF":         "/api/rooms/{room}",
+			"//ws/signal/ABCDEF":        "/ws/signal/{room}",
+			"/Healthz":                  "/healthz",
+			"/Numbers/":                 "/Numbers",
+			"/web/Parley.JS":            "/web/parley.js",
+			"//":                        "/",
+			"/nothing":                  "",
+			"/nothing/":                 "",
+			"/ws/x":                     "",
+			"/ws/signal":                "",
+			"/metrics":                  "",
+			"/%00":                      "",
+			"/rendezvous/code/1234":     "",
+			"/api/rooms/ABCDEF/members": "",
+		} {
+			for _, method := range []string{"GET", "POST", "DELETE"} {
+				a := ts.call(method, path, "")
+				a.want(t, 404, "not_found", "path")
+				want := "there is nothing at this path"
+				if near != "" {
+					want += "; there is at " + near
+				}
+				if a.Error != want {
+					t.Errorf("%s %s is answered %q, want %q", method, path, a.Error, want)
+				}
+			}
+		}
+	})
+}
+
+// A parameter is given once, and written as it should be; others do not matter.
+func TestQueries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open")
+		room := "/ws/signal/" + ts.openRoom(`{"password":"x"}`).Code + "?displayName=Ada"
+		pair, ice := "/ws?side=A&appID="+testApp, "/ice-servers?appID="+testApp
+		for _, test := range []struct{ path, code, word string }{
+			{pair + "&appID=" + testApp, "bad_app_id", "appID must be given once"},
+			{"/ws?side=A&appID=a&appID=b", "bad_app_id", "appID must be given once"},
+			{pair + "&side=A", "bad_side", "side must be given once"},
+			{pair + "&side=B", "bad_side", "side must be given once"},
+			{pair + "&s%69de=B", "bad_side", "side must be given once"},
+			{pair + "&sid=a&sid=a", "bad_sid", "sid must be given once"},
+			{pair + "&sid=&sid=a", "bad_sid", "sid must be given once"},
+			{pair + "&sid=100%", "bad_sid", "sid is not percent-encoded"},
+			{pair + "&sid=%zz", "bad_sid", "sid is not percent-encoded"},
+			{pair + "&sid=a;b", "bad_sid", "sid must have %3B"},
+			{"/ws?side=%4&appID=" + testApp, "bad_side", "side is not percent-encoded"},
+			{"/ws?side=A;appID=" + testApp, "bad_app_id", "UUID"},
+			{"/ws?appID=" + testApp + ";side=A", "bad_app_id", "appID must have %3B"},
+			{"/ws?side=A&appID=%", "bad_app_id", "appID is not percent-encoded"},
+			{ice + "&appID=" + testApp, "bad_app_id", "appID must be given once"},
+			{"/ice-servers?appID=%g0", "bad_app_id", "appID is not percent-encoded"},
+			{room + "&displayName=Bob", "bad_display_name", "displayName must be given once"},
+			{room + "%", "bad_display_name", "displayName is not percent-encoded"},
+			{room + ";Bob", "bad_display_name", "displayName must have %3B"},
+			{room + "&password=x&password=y", "bad_password", "password must be given once"},
+			{room + "&password=100%", "bad_password", "password is not percent-encoded"},
+			{room + "&resume=x&resume=y", "bad_resume", "resume must be given once"},
+			{room + "&resume=%x", "bad_resume", "resume is not percent-encoded"},
+		} {
+			for _, protocol := range []string{"", subprotocolV1} {
+				t.Log(test.path)
+				ts.call(http.MethodGet, test.path, "", append(upgradeHeaders, "Sec-WebSocket-Protocol: "+protocol)...).want(t, 400, test.code, test.word)
+			}
+		}
+		for _, fine := range []string{"&sid=a%3Bb%25", "&sid", "&sid=a+b", "&x=%zz&x=;&%zz", "&&", "&side2=B&SIDE=B"} {
+			if a := ts.call(http.MethodGet, pair+fine, ""); a.status != 426 { // all that is wrong is that it is no upgrade
+				t.Errorf("%s is answered %d %s", fine, a.status, a.text)
+			}
+		}
+		// What net/http refuses itself is no reason to stop.
+		c, err := ts.net.dialFrom("192.0.2.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "GET /healthz%zz HTTP/1.1\r\nHost: parley.test\r\n\r\n")
+		if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 400 {
+			t.Errorf("a path that is not percent-encoded is answered %v %v", res, err)
+		}
+	})
+}
+
+// An offer to compress, as every browser makes it, is not agreed to, and hinders
+// nothing: RFC 7692 section 5.
+func TestCompressionOffer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t)
+		for i, offer := range []string{
+			"permessage-deflate; client_max_window_bits",
+			"permessage-deflate; server_no_context_takeover; client_no_context_takeover, permessage-deflate",
+			"x-webkit-deflate-frame",
+			"permessage-deflate; server_max_window_bits=99",
+			";;",
+		} {
+			appID := fmt.Sprintf("123e4567-e89b-12d3-a456-%012d", i)
+			a, res, err := ts.dial(wsDial{appID: appID, side: "A", header: http.Header{"Sec-WebSocket-Extensions": {offer}}})
+			if err != nil {
+				t.Fatal(offer, err)
+			}
+			if agreed := res.Header.Values("Sec-WebSocket-Extensions"); len(agreed) > 0 {
+				t.Errorf("of %q the server agrees to %q", offer, agreed)
+			}
+			b := ts.join(wsDial{appID: appID, side: "B"})
+			a.want(frameRoomFull)
+			b.want(frameRoomFull)
+			offered := `{"type":"offer","sdp":"` + strings.Repeat("x", 4096) + `"}`
+			a.send(offered)
+			b.want(offered)
+			b.send(`{"type":"answer"}`)
+			a.want(`{"type":"answer"}`)
+		}
+	})
+}
+
+// RFC 8259 section 8.1: JSON begins with no byte order mark.
+func TestByteOrderMark(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "ROOMS=open")
+		for _, path := range []string{"/rendezvous/code", "/rendezvous/redeem", "/api/rooms"} {
+			ts.post(path, "\ufeff{}").want(t, 400, "bad_json", "JSON")
+		}
+	})
+}
+
 func TestStatusAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ts := newSettledServer(t)

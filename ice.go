@@ -155,7 +155,7 @@ func takePlace(t *addressTable[[]relayedSession], key network, s relayedSession,
 
 // getICEServers is GET /ice-servers.
 func (s *server) getICEServers(w http.ResponseWriter, r *http.Request, c caller) error {
-	id, err := parseAppID(r.URL.Query().Get("appID"))
+	id, err := appIDOf(r)
 	if err != nil {
 		return err
 	}

@@ -367,6 +367,8 @@ func TestOpenAPIAnswers(t *testing.T) {
 			s.ask(426, "upgrade_required", get, signal, "")
 			s.ask(400, "bad_upgrade", get, signal, "", upgradeHeaders[:3]...)
 			s.ask(400, "bad_display_name", get, signal+"?displayName=%00", "", upgradeHeaders...)
+			s.ask(400, "bad_password", get, signal+"?password=x&password=x", "", upgradeHeaders...)
+			s.ask(400, "bad_resume", get, signal+"?resume=x&resume=x", "", upgradeHeaders...)
 			s.ask(404, "room_not_found", get, "/ws/signal/"+testApp, "", upgradeHeaders...)
 			s.ask(403, "wrong_password", get, signal, "", upgradeHeaders...)
 			s.ask(200, "", patch, path, `{"password":"","locked":true}`, owner)

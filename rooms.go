@@ -305,16 +305,26 @@ type roomSeat struct {
 
 // serveSignal is GET /ws/signal/{idOrCode}.
 func (s *server) serveSignal(w http.ResponseWriter, r *http.Request, from caller) error {
-	query := r.URL.Query()
-	displayName := query.Get("displayName")
-	if !validDisplayName(displayName) {
+	query := r.URL.RawQuery
+	displayName, err := queryValue(query, "displayName")
+	if err != nil {
+		return badRequest("bad_display_name", err.Error())
+	} else if !validDisplayName(displayName) {
 		return badRequest("bad_display_name",
 			fmt.Sprintf("displayName must have at most %d characters, and no control characters", maxDisplayName))
 	}
+	password, err := queryValue(query, "password")
+	if err != nil {
+		return badRequest("bad_password", err.Error())
+	}
+	resume, err := queryValue(query, "resume")
+	if err != nil {
+		return badRequest("bad_resume", err.Error())
+	}
 	c := &client{room: &roomSeat{secret: newSecret()}}
 	join := joinRequest{room: true, name: uuid.NewString(), claim: sha256.Sum256([]byte(c.room.secret)), displayName: displayName}
-	if secret := query.Get("resume"); secret != "" {
-		join.resume = sha256.Sum256([]byte(secret))
+	if resume != "" {
+		join.resume = sha256.Sum256([]byte(resume))
 	}
 	return s.connect(w, r, from, routeSignal, c, func() (seat, view, error) {
 		id, err := s.findRoom(r.Context(), from, r.PathValue("room"))
@@ -323,11 +333,11 @@ func (s *server) serveSignal(w http.ResponseWriter, r *http.Request, from caller
 		}
 		join.v = c.version()
 		c.session, c.room.id = id, id.String()
-		seat, v, err := s.joinRoom(r.Context(), from, id, join, query.Get("password"), c.notify)
+		seat, v, err := s.joinRoom(r.Context(), from, id, join, password, c.notify)
 		if err == nil {
 			c.room.self = v.room.self
 			if v.resumed != resumedNot {
-				c.room.secret = query.Get("resume")
+				c.room.secret = resume
 			}
 		}
 		return seat, v, err

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"net/url"
 	"path"
 	"slices"
 	"strconv"
@@ -146,16 +147,39 @@ func (s *server) metricsHandler() http.Handler {
 }
 
 // exactly answers what mux has no route for, and spares clients its redirects
-// from paths that are nearly right.
+// from paths that are nearly right: the answer names the right one.
 func (s *server) exactly(mux *http.ServeMux) http.Handler {
-	mux.HandleFunc("/", s.notFound)
+	notFound := func(w http.ResponseWriter, r *http.Request) {
+		text := "there is nothing at this path"
+		if near := nearRoute(mux, r.URL.Path); near != "" {
+			text += "; there is at " + near
+		}
+		s.writeError(w, &apiError{status: http.StatusNotFound, code: "not_found", text: text})
+	}
+	mux.HandleFunc(anyPath, notFound)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != path.Clean(r.URL.Path) {
-			s.notFound(w, r)
+			notFound(w, r)
 			return
 		}
 		mux.ServeHTTP(w, r)
 	})
+}
+
+// anyPath is the pattern of all paths without a route of their own.
+const anyPath = "/"
+
+// nearRoute returns the route of mux that a wrong path differs from only by
+// slashes, dots or the case of letters, or "".
+func nearRoute(mux *http.ServeMux, wrong string) string {
+	clean := path.Clean("/" + wrong)
+	for _, near := range []string{clean, strings.ToLower(clean)} {
+		_, pattern := mux.Handler(&http.Request{Method: http.MethodGet, URL: &url.URL{Path: near}})
+		if pattern != anyPath {
+			return strings.TrimSuffix(pattern, "{$}")
+		}
+	}
+	return ""
 }
 
 func (s *server) metricsEndpoint() endpoint {
@@ -164,10 +188,6 @@ func (s *server) metricsEndpoint() endpoint {
 		metrics.ServeHTTP(w, r)
 		return nil
 	}}}
-}
-
-func (s *server) notFound(w http.ResponseWriter, _ *http.Request) {
-	s.writeError(w, &apiError{status: http.StatusNotFound, code: "not_found", text: "there is nothing at this path"})
 }
 
 // newHTTPServer returns an HTTP server with limits for slow and large requests.
@@ -345,6 +365,30 @@ func (s *server) writeJSON(w http.ResponseWriter, status int, v any) {
 	if err := json.NewEncoder(w).Encode(v); err != nil {
 		s.log.Debug("answer not written", "error", err)
 	}
+}
+
+// queryValue returns a parameter of a query string, or "" if it is not given.
+// Where net/url would take the first of several, and leave out what is not
+// escaped as it should be, it fails, and says what is wrong with which.
+func queryValue(query, name string) (value string, err error) {
+	given := false
+	for pair := range strings.SplitSeq(query, "&") {
+		key, text, _ := strings.Cut(pair, "=")
+		if key, err := url.QueryUnescape(key); err != nil || key != name {
+			continue
+		}
+		if given {
+			return "", errors.New(name + " must be given once")
+		}
+		if strings.Contains(text, ";") { // which some take for an &
+			return "", errors.New(name + " must have %3B for a semicolon")
+		}
+		if value, err = url.QueryUnescape(text); err != nil {
+			return "", errors.New(name + " is not percent-encoded as it should be; a % is %25")
+		}
+		given = true
+	}
+	return value, nil
 }
 
 // readObject reads a request's body as a JSON object. An empty body is nil.

@@ -147,21 +147,19 @@ func (s *server) seatRequest(r *http.Request) (id sessionID, join joinRequest, e
 	if r.URL.RawQuery == "" && !isUpgrade(r) {
 		return id, join, errUpgradeRequired
 	}
-	query := r.URL.Query()
-	if id, err = parseAppID(query.Get("appID")); err != nil {
+	if id, err = appIDOf(r); err != nil {
 		return id, join, err
 	}
 	join.create = s.cfg.appIDs == "any"
-	switch side := query.Get("side"); side {
-	case "A":
-		join.name = "A"
-	case "B":
-		join.name = "B"
-	default:
+	if join.name, err = queryValue(r.URL.RawQuery, "side"); err != nil {
+		return id, join, badRequest("bad_side", err.Error())
+	} else if join.name != "A" && join.name != "B" {
 		return id, join, badRequest("bad_side", "side must be A or B")
 	}
 	// The published client of the seed sends an empty sid when it has none.
-	if sid := query.Get("sid"); len(sid) > maxSID {
+	if sid, err := queryValue(r.URL.RawQuery, "sid"); err != nil {
+		return id, join, badRequest("bad_sid", err.Error())
+	} else if len(sid) > maxSID {
 		return id, join, badRequest("bad_sid", "sid must have at most 128 bytes")
 	} else if sid != "" {
 		join.claim = sha256.Sum256([]byte(sid))
@@ -171,6 +169,15 @@ func (s *server) seatRequest(r *http.Request) (id sessionID, join joinRequest, e
 
 // maxSID bounds a client's own secret, in bytes.
 const maxSID = 128
+
+// appIDOf returns the appID of a request's query.
+func appIDOf(r *http.Request) (sessionID, error) {
+	text, err := queryValue(r.URL.RawQuery, "appID")
+	if err != nil {
+		return sessionID{}, badRequest("bad_app_id", err.Error())
+	}
+	return parseAppID(text)
+}
 
 // parseAppID parses the one form of a UUID that is accepted.
 func parseAppID(s string) (sessionID, error) {
