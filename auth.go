@@ -47,6 +47,9 @@ const (
 	maxUser  = 256
 )
 
+// tokenLeeway is how far the clock that a token was made by may be from this one.
+const tokenLeeway = 5 * time.Second
+
 // authenticate returns the user for whom the request's bearer token speaks.
 func (s *server) authenticate(r *http.Request) (user string, err error) {
 	token, err := bearerToken(r)
@@ -100,6 +103,7 @@ func newJWTVerifier(cfg *config, keys func(*jwt.Token) (any, error), algorithms 
 	options := []jwt.ParserOption{
 		jwt.WithValidMethods(algorithms),
 		jwt.WithExpirationRequired(),
+		jwt.WithLeeway(tokenLeeway),
 		jwt.WithJSONNumber(), // a user may be a number
 		jwt.WithStrictDecoding(),
 	}

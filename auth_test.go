@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/MicahParks/jwkset"
@@ -148,7 +149,7 @@ func TestTokenAttacks(t *testing.T) {
 		{"a key for a secret", bySecret, signToken(t, jwt.SigningMethodRS256, rsaKey, goodClaims(), nil), "signed"},
 		{"a curve for an RSA key", byKey, signToken(t, jwt.SigningMethodES256, newECKey(t, elliptic.P256()), goodClaims(), nil), "signed"},
 		{"changed claims", bySecret, parts[0] + "." + header(`{"user_id":"eve","exp":9999999999}`) + "." + parts[2], "signed"},
-		{"expired", bySecret, good(with("exp", in(-time.Second))), "expired"},
+		{"expired", bySecret, good(with("exp", in(-tokenLeeway-time.Second))), "expired"},
 		{"no exp", bySecret, good(with("exp", nil)), "exp"},
 		{"exp that is no number", bySecret, good(with("exp", "tomorrow")), "valid"},
 		{"future nbf", bySecret, good(with("nbf", in(time.Minute))), "not valid yet"},
@@ -249,6 +250,34 @@ func TestKeyKinds(t *testing.T) {
 		if user, err := secret.verify(t.Context(), signToken(t, method, []byte(testSecret), goodClaims(), nil)); err != nil || user != "ada" {
 			t.Errorf("%s: %q, %v", method.Alg(), user, err)
 		}
+	}
+}
+
+// A clock may be up to five seconds off, either way.
+func TestTokenLeeway(t *testing.T) {
+	const ms = time.Millisecond
+	for _, tc := range []struct {
+		claim string
+		at    time.Duration // of the claim, from when the token is made
+		now   time.Duration
+		good  bool
+	}{
+		{"nbf", 10 * time.Second, 4900 * ms, false},
+		{"nbf", 10 * time.Second, 5000 * ms, true},
+		{"nbf", 10 * time.Second, 5100 * ms, true},
+		{"exp", 10 * time.Second, 14900 * ms, true},
+		{"exp", 10 * time.Second, 15100 * ms, false},
+		{"exp", 10 * time.Second, 0, true},
+		{"iat", 24 * time.Hour, 0, true}, // when it was made says nothing about when it is good
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			v, _ := newVerifier(mustLoad(t, nil, "JWT_SECRET="+testSecret), slog.New(slog.DiscardHandler))
+			token := signToken(t, jwt.SigningMethodHS256, []byte(testSecret), goodClaims(with(tc.claim, time.Now().Add(tc.at).Unix())), nil)
+			time.Sleep(tc.now)
+			if _, err := v.verify(t.Context(), token); (err == nil) != tc.good {
+				t.Errorf("%s at %s, looked at after %s: %v", tc.claim, tc.at, tc.now, err)
+			}
+		})
 	}
 }
 
