@@ -204,7 +204,7 @@ func configOptions(c *config) []option {
 			help: "Redis that any number of instances share: redis://[user:password@]host[:port][/db], rediss:// for TLS, or redis+sentinel://[user:password@]host[:port],host[:port]/name; unset, everything is in memory"},
 		{name: "REDIS_HOST", optionValue: checkedOption(&c.redisHost, checkRedisHost),
 			help: "host of Redis, instead of REDIS_URL"},
-		{name: "REDIS_PORT", def: "6379", optionValue: redisPortOption(&c.redisPort),
+		{name: "REDIS_PORT", def: "6379", optionValue: servicePortOption(&c.redisPort, 1, 65535),
 			help: "port of Redis beside REDIS_HOST"},
 		{name: "REDIS_PASSWORD", secret: true, optionValue: stringOption(&c.redisPassword),
 			help: "password of Redis beside REDIS_HOST"},
@@ -609,13 +609,13 @@ func redisOption(field *string, address *redisAddress) optionValue {
 	})
 }
 
-// redisPortOption takes a port, and what Kubernetes sets unasked where a service
-// is called redis: tcp://address:port.
-func redisPortOption(field *int) optionValue {
-	port := intOption(field, 1, 65535)
+// servicePortOption takes a port, and what Kubernetes sets unasked beside a service of that name:
+// of one called redis, REDIS_PORT=tcp://address:port. Every option NAME_PORT is one of these.
+func servicePortOption(field *int, lo, hi int) optionValue {
+	port := intOption(field, lo, hi)
 	return optionValue{
 		set: func(text string) error {
-			if addr, ok := strings.CutPrefix(text, "tcp://"); ok {
+			if scheme, addr, ok := strings.Cut(text, "://"); ok && slices.Contains([]string{"tcp", "udp", "sctp"}, scheme) {
 				if _, p, err := net.SplitHostPort(addr); err == nil {
 					text = p
 				}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -365,6 +366,45 @@ func TestProblems(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Kubernetes gives every pod variables of the services beside it, whatever these are called. None of
+// them stops the start, unless it is PORT, which no service makes.
+func TestServiceLinks(t *testing.T) {
+	odd := regexp.MustCompile(`(_SERVICE_HOST|_SERVICE_PORT(_.*)?|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$`)
+	for _, o := range configOptions(new(config)) {
+		for _, name := range o.names() {
+			if odd.MatchString(name) {
+				t.Errorf("%s is a name of Kubernetes", name)
+			}
+			service, ok := strings.CutSuffix(name, "_PORT")
+			if !ok {
+				service = name // one that is called like an option
+			}
+			for _, scheme := range []string{"tcp", "udp", "sctp"} {
+				for _, addr := range []string{"10.0.0.1", "[fd00::1]"} {
+					port := scheme + "://" + addr + ":1234"
+					proto := strings.ToUpper(scheme)
+					if _, err := loadConfig(nil, environ(
+						"PARLEY_PORT="+port, "PARLEY_SERVICE_HOST=10.0.0.1", "PARLEY_SERVICE_PORT=1234",
+						service+"_PORT="+port, service+"_SERVICE_HOST="+addr, service+"_SERVICE_PORT=1234", service+"_SERVICE_PORT_HTTP=1234",
+						service+"_PORT_1234_"+proto+"="+port, service+"_PORT_1234_"+proto+"_PROTO="+scheme,
+						service+"_PORT_1234_"+proto+"_PORT=1234", service+"_PORT_1234_"+proto+"_ADDR="+addr)); err != nil {
+						t.Errorf("beside a service %s: %v", strings.ToLower(service), err)
+					}
+				}
+			}
+		}
+	}
+	if c := mustLoad(t, nil, "REDIS_HOST=redis", "REDIS_PORT=tcp://10.0.0.1:6380"); c.redisPort != 6380 {
+		t.Errorf("the port of the service is taken as %d", c.redisPort)
+	}
+	if c := mustLoad(t, nil, "REDIS_PORT=tcp://10.0.0.1:6379", "REDIS_SERVICE_HOST=10.0.0.1"); c.redisAddress.given() {
+		t.Error("a service redis makes a server use it unasked")
+	}
+	if _, err := loadConfig(nil, environ("PORT=tcp://10.0.0.1:1234")); err == nil || !strings.Contains(err.Error(), `PORT must be a whole number from 0 to 65535, not "tcp://10.0.0.1:1234"`) {
+		t.Errorf("PORT of a service: %v", err)
 	}
 }
 
