@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -16,6 +17,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // A front is a listener and what is served on it.
@@ -48,6 +51,9 @@ func (s *server) openFronts() (fronts []front, err error) {
 	if main.listener, err = listen(s.cfg.host, s.cfg.port); err != nil {
 		return nil, err
 	}
+	if main.certificate == nil {
+		main.listener = newPlainListener(main.listener, s.log)
+	}
 	fronts = append(fronts, main)
 	if s.cfg.metricsAddr == "" {
 		return fronts, nil
@@ -57,6 +63,7 @@ func (s *server) openFronts() (fronts []front, err error) {
 	if metrics.listener, err = net.Listen("tcp", s.cfg.metricsAddr); err != nil {
 		return fronts, fmt.Errorf("METRICS_ADDR: %w", err)
 	}
+	metrics.listener = newPlainListener(metrics.listener, s.log)
 	s.log.Info("metrics are served apart", "address", metrics.listener.Addr().String())
 	return append(fronts, metrics), nil
 }
@@ -82,6 +89,55 @@ func listen(host string, port int) (net.Listener, error) {
 	}
 	return net.Listen("unix", path)
 }
+
+// A plainListener is one of plain HTTP. Whoever speaks TLS to it is told that in
+// a form that TLS libraries know, and so is the log. (The other way round
+// net/http answers in words.)
+type plainListener struct {
+	net.Listener
+	log  *slog.Logger
+	warn rate.Sometimes
+}
+
+func newPlainListener(l net.Listener, log *slog.Logger) *plainListener {
+	return &plainListener{Listener: l, log: log, warn: rate.Sometimes{Interval: time.Minute}}
+}
+
+func (l *plainListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if tcp, ok := c.(*net.TCPConn); ok {
+		return &plainConn{TCPConn: tcp, unseen: l}, nil
+	}
+	return c, err
+}
+
+// A plainConn looks at the first byte that is read from it.
+type plainConn struct {
+	*net.TCPConn
+	unseen *plainListener // nil once it has looked
+}
+
+func (c *plainConn) Read(p []byte) (int, error) {
+	n, err := c.TCPConn.Read(p)
+	if c.unseen == nil || n == 0 {
+		return n, err
+	}
+	l := c.unseen
+	c.unseen = nil
+	if p[0] != tlsHandshake {
+		return n, err
+	}
+	l.warn.Do(func() {
+		l.log.Warn("a client speaks TLS where plain HTTP is spoken: give it http:// and ws://, or set TLS_CERT_FILE and TLS_KEY_FILE, or let a proxy end TLS",
+			"listener", l.Addr().String(), "client", c.RemoteAddr().String())
+	})
+	io.WriteString(c.TCPConn, "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nClient sent a TLS handshake to an HTTP server.\n")
+	return 0, io.EOF
+}
+
+// tlsHandshake is the first byte of a ClientHello, RFC 8446 section 5.1. No method of HTTP begins
+// with it.
+const tlsHandshake = 22
 
 // removeStale removes a socket file that a killed process left behind.
 func removeStale(path string) error {

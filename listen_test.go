@@ -154,9 +154,50 @@ func TestTLS(t *testing.T) {
 		io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: parley.test\r\n\r\n")
 		res, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil || res.StatusCode != http.StatusBadRequest {
-			t.Errorf("plain HTTP: %v, %v", res, err)
+			t.Fatalf("plain HTTP: %v, %v", res, err)
+		}
+		if words, _ := io.ReadAll(res.Body); !strings.Contains(string(words), "HTTP request to an HTTPS server") {
+			t.Errorf("plain HTTP is answered %q", words)
 		}
 	})
+}
+
+// Whoever speaks TLS to a port of plain HTTP is told so at once, in the form that
+// its library knows how to explain; and so is the operator, once in a while.
+func TestTLSOnPlainPort(t *testing.T) {
+	const words = "a client speaks TLS where plain HTTP is spoken"
+	ts, addr := newLoopServer(t, "METRICS_ADDR=127.0.0.1:0")
+	for range 3 {
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 5 * time.Second}, "tcp", addr, &tls.Config{InsecureSkipVerify: true})
+		if header, ok := errors.AsType[tls.RecordHeaderError](err); !ok || string(header.RecordHeader[:]) != "HTTP/" {
+			t.Errorf("TLS is answered %v, %v", c, err)
+		}
+		_, err = http.Get("https://" + addr)
+		if err == nil || !strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") {
+			t.Errorf("https is answered %v", err)
+		}
+	}
+	if n := strings.Count(ts.log.String(), words); n != 1 {
+		t.Errorf("the log says %d times that clients speak TLS:\n%s", n, ts.log)
+	}
+
+	// A byte at a time, and with a letter that is no handshake's.
+	for first, want := range map[string]string{"\x16": "TLS handshake to an HTTP server", "\x15\r\n\r\n": "400 Bad Request", "GET /healthz HTTP/1.0\r\n\r\n": "200 OK"} {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second)) // less than what a header may take
+		io.WriteString(c, first)
+		if answer, err := io.ReadAll(c); err != nil || !strings.Contains(string(answer), want) {
+			t.Errorf("%q is answered %q, %v; want %q", first, answer, err, want)
+		}
+	}
+	v := victim{ts, func() (net.Conn, error) { return net.Dial("tcp", addr) }}
+	a, b := v.pair(t)
+	a.write(t, textFrame(`{"type":"offer"}`))
+	b.want(t, `{"type":"offer"}`)
 }
 
 // The certificate files are read again within ten seconds of a change; while
