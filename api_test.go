@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -408,6 +409,31 @@ func TestOddPaths(t *testing.T) {
 		for _, path := range []string{"//healthz", "/x/../healthz", "/./healthz", "/rendezvous//code"} {
 			ts.call("GET", path, "").want(t, 404, "not_found", "path")
 		}
+	})
+}
+
+// A faultyHub has a bug.
+type faultyHub struct{ hub }
+
+func (faultyHub) Get(context.Context, sessionID) (meta, int, error) { panic("a bug") }
+
+// A bug that ends one request is answered, and the operator sees it; everyone
+// else goes on.
+func TestPanicIsAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "DEV=false", "CORS_ORIGINS=https://app.example")
+		ts.hub = faultyHub{ts.hub}
+		for range 2 {
+			a := ts.call(http.MethodGet, "/ice-servers?appID="+testApp, "", "Origin: https://app.example")
+			a.want(t, 500, "internal_error", "fault")
+			if got := a.header.Get("Access-Control-Allow-Origin"); got != "https://app.example" {
+				t.Errorf("it can be read by %q", got)
+			}
+		}
+		if log := ts.log.String(); strings.Count(log, `level=ERROR msg="request failed" panic="a bug" stack=`) != 2 || strings.Contains(log, testApp) {
+			t.Errorf("the log has\n%s", log)
+		}
+		ts.call(http.MethodGet, "/healthz", "").want(t, 200, "", "")
 	})
 }
 

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -233,6 +234,12 @@ func (m methods) allowed() string {
 func (s *server) endpoint(e endpoint) http.Handler {
 	allowed := e.methods.allowed()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			if p := recover(); p != nil {
+				s.log.Error("request failed", "panic", p, "stack", string(debug.Stack()))
+				s.writeError(w, errInternal)
+			}
+		}()
 		method := r.Method
 		if method == http.MethodHead {
 			method = http.MethodGet
@@ -289,6 +296,10 @@ var errUpgradeRequired = &apiError{status: http.StatusUpgradeRequired, code: "up
 
 var errForbiddenOrigin = &apiError{status: http.StatusForbidden, code: "forbidden_origin",
 	text: "pages of this origin may not call this server"}
+
+// errInternal answers a request that met a bug.
+var errInternal = &apiError{status: http.StatusInternalServerError, code: "internal_error",
+	text: "the server has a fault, and could not do this"}
 
 var errDraining = errors.New("the server is shutting down")
 
