@@ -92,29 +92,40 @@ func (s *clientSet) each(f func(*client)) {
 }
 
 // drain takes nothing new, closes every connection with 1001, and returns when
-// they are gone. Those left when ctx is done, or closeGrace is over, are cut.
+// they are gone, and all that worked for them. Those left when ctx is done, or
+// closeGrace is over, are cut. What hangs even then is left behind.
 func (s *server) drain(ctx context.Context) {
 	s.draining.Store(true)
 	drained := s.clients.close()
 	s.clients.each(func(c *client) { c.close(closeGoingAway, "server draining") })
-	cut := time.NewTimer(closeGrace)
-	defer cut.Stop()
+	graceful, cancel := context.WithTimeout(ctx, closeGrace)
+	defer cancel()
 	select {
 	case <-drained:
-		return
-	case <-ctx.Done():
-	case <-cut.C:
+	case <-graceful.Done():
+		s.clients.each(func(c *client) { c.abort(closeGoingAway) })
 	}
-	s.clients.each(func(c *client) { c.abort(closeGoingAway) })
-	select {
-	case <-drained:
-	case <-ctx.Done(): // their seats cannot be left in time
-		if s.backend != nil {
-			s.backend.close()
-		}
+	finished := make(chan struct{})
+	go func() {
 		<-drained
+		s.tasks.Wait()
+		close(finished)
+	}()
+	select {
+	case <-finished:
+		return
+	case <-ctx.Done(): // their seats cannot be left in time
 	}
-	s.tasks.Wait()
+	if s.backend != nil {
+		s.backend.close()
+	}
+	last := time.NewTimer(s.cfg.drainTimeout / 20)
+	defer last.Stop()
+	select {
+	case <-finished:
+	case <-last.C:
+		s.log.Warn("not everything ended in time", "connections", s.clients.count())
+	}
 }
 
 // shutdown drains the server and stops listening, within DRAIN_TIMEOUT. The

@@ -85,6 +85,42 @@ func TestDrain(t *testing.T) {
 	})
 }
 
+// What still works for a connection that has gone is waited for, but not past
+// the time there is, whatever hangs.
+func TestDrainWaitsForTasks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "DRAIN_TIMEOUT=10s")
+		release, drained := make(chan struct{}), make(chan struct{})
+		ts.tasks.Go(func() { <-release })
+		go func() {
+			defer close(drained)
+			ts.drain(context.Background())
+		}()
+		synctest.Wait()
+		select {
+		case <-drained:
+			t.Error("the drain is over while a task is running")
+		default:
+		}
+		close(release)
+		<-drained
+	})
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t, "DRAIN_TIMEOUT=10s")
+		release := make(chan struct{})
+		ts.tasks.Go(func() { <-release })
+		start := time.Now()
+		ts.shutdown([]front{{web: ts.web}})
+		if took := time.Since(start); took < 9*time.Second || took > 10*time.Second {
+			t.Errorf("with a task that hangs it takes %s to stop", took)
+		}
+		if !strings.Contains(ts.log.String(), "level=WARN") {
+			t.Error("nobody is told")
+		}
+		close(release)
+	})
+}
+
 // However its connections behave, the server stops within DRAIN_TIMEOUT, also
 // one that is shorter than what a connection is given to answer.
 func TestDrainTimeout(t *testing.T) {
