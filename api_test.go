@@ -412,6 +412,38 @@ func TestOddPaths(t *testing.T) {
 	})
 }
 
+// What asks for no path at all is answered like any unknown one.
+func TestOddTargets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ts := newSettledServer(t)
+		for request, status := range map[string]int{
+			"GET * HTTP/1.1":                         404,
+			"POST * HTTP/1.1":                        404,
+			"CONNECT parley.test:443 HTTP/1.1":       404,
+			"GET http://other.test/nothing HTTP/1.1": 404,
+			"GET http://other.test/healthz HTTP/1.1": 200,
+			"GET /healthz?;;%zz HTTP/1.1":            200,
+			"GET /healthz HTTP/1.0":                  200,
+		} {
+			c, err := ts.net.dialFrom("192.0.2.1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(c, request+"\r\nHost: parley.test\r\n\r\n")
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Fatal(request, err)
+			}
+			body, _ := io.ReadAll(res.Body)
+			a := httpAnswer{status: res.StatusCode, header: res.Header, text: string(body)}
+			json.Unmarshal(body, &a)
+			t.Log(request)
+			a.want(t, status, map[int]string{404: "not_found"}[status], "")
+			c.Close()
+		}
+	})
+}
+
 // A faultyHub has a bug.
 type faultyHub struct{ hub }
 

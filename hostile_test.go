@@ -361,6 +361,42 @@ func TestSlowRequests(t *testing.T) {
 	}
 }
 
+// A handshake of TLS may take as long as a header may.
+func TestSlowHandshakes(t *testing.T) {
+	pair := writePair(t, t.TempDir(), 1)
+	for name, send := range map[string]func(net.Conn){
+		"nothing sent":           func(net.Conn) {},
+		"half a record":          func(c net.Conn) { io.WriteString(c, "\x16\x03\x01") },
+		"a record that drips":    func(c net.Conn) { drip(c, "\x16\x03\x01\x40\x00\x01\x00\x3f\xfc", "x") },
+		"empty records, dripped": func(c net.Conn) { drip(c, "", "\x16\x03\x01\x00\x00") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				ts := newTestServer(t)
+				certificate, err := loadCertificate(pair.certFile, pair.keyFile, ts.server.log)
+				if err != nil {
+					t.Fatal(err)
+				}
+				web, l := ts.newHTTPServer(ts.handler()), newMemListener()
+				web.TLSConfig = certificate.config()
+				var serving sync.WaitGroup
+				serving.Go(func() { web.ServeTLS(l, "", "") })
+				c, err := l.dial()
+				if err != nil {
+					t.Fatal(err)
+				}
+				serving.Go(func() { send(c) })
+				if took, said := endsAfter(t, c); took > 11*time.Second || said != "" && said[0] != 21 { // an alert
+					t.Errorf("ended after %v with %q", took, said)
+				}
+				c.Close()
+				web.Close()
+				serving.Wait()
+			})
+		})
+	}
+}
+
 // Whoever asks without end and never reads an answer is cut.
 func TestAnswersNotRead(t *testing.T) {
 	inBubble(t, func(t *testing.T) {

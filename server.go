@@ -159,7 +159,7 @@ func (s *server) exactly(mux *http.ServeMux) http.Handler {
 	}
 	mux.HandleFunc(anyPath, notFound)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != path.Clean(r.URL.Path) {
+		if !strings.HasPrefix(r.URL.Path, "/") || r.URL.Path != path.Clean(r.URL.Path) { // "*" is no path at all
 			notFound(w, r)
 			return
 		}
