@@ -449,6 +449,10 @@ type faultyHub struct{ hub }
 
 func (faultyHub) Get(context.Context, sessionID) (meta, int, error) { panic("a bug") }
 
+func (faultyHub) Join(context.Context, sessionID, joinRequest, func(error)) (seat, view, error) {
+	panic("a bug")
+}
+
 // A bug that ends one request is answered, and the operator sees it; everyone
 // else goes on.
 func TestPanicIsAnswered(t *testing.T) {
@@ -464,6 +468,11 @@ func TestPanicIsAnswered(t *testing.T) {
 		}
 		if log := ts.log.String(); strings.Count(log, `level=ERROR msg="request failed" panic="a bug" stack=`) != 2 || strings.Contains(log, testApp) {
 			t.Errorf("the log has\n%s", log)
+		}
+		// A connection that never was is not counted.
+		ts.call(http.MethodGet, "/ws?side=A&appID="+testApp, "", upgradeHeaders...).want(t, 500, "internal_error", "fault")
+		if n := ts.clients.count(); n != 0 {
+			t.Errorf("%d connections are counted", n)
 		}
 		ts.call(http.MethodGet, "/healthz", "").want(t, 200, "", "")
 	})

@@ -92,6 +92,12 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, li
 	} else if err != nil {
 		return err
 	}
+	defer func() {
+		if p := recover(); p != nil { // or it would be counted, and waited for, forever
+			s.release(c)
+			panic(p)
+		}
+	}()
 	seat, view, err := join()
 	if errors.Is(err, errTakeovers) {
 		s.metrics.resumes[resumeRefused].Inc()

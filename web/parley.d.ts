@@ -17,7 +17,7 @@ export interface ServerOption {
  */
 export type ErrorCode =
   | "gone" | "bad_code" | "bad_ttl" | "too_many_attempts" | "rate_limited" | "too_many_codes" | "codes_exhausted"
-  | "at_capacity" | "draining" | "backend_unavailable" | "unauthorized" | "forbidden_origin"
+  | "at_capacity" | "draining" | "backend_unavailable" | "internal_error" | "unauthorized" | "forbidden_origin"
   | "bad_app_id" | "bad_side" | "bad_sid" | "unknown_session" | "taken_over" | "busy"
   | "bad_display_name" | "room_not_found" | "room_is_full" | "room_locked" | "wrong_password" | "room_deleted" | "not_creator"
   | "mailbox_full" | "too_large" | "peer_not_found" | "network" | "closed" | "protocol" | (string & {});
