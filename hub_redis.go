@@ -129,7 +129,7 @@ type redisSeat struct {
 
 	// of the posting goroutine
 	corked []string // who is not told of held posts
-	unsure uint64   // the lowest id of mail that Redis may never have seen, or 0
+	unsure idGap    // from the lowest to the highest id of mail that Redis may never have seen
 
 	held atomic.Bool // it was told to pause
 
@@ -614,19 +614,19 @@ const reasonGrace = 300 * time.Millisecond
 func (m *redisSeat) Post(ctx context.Context, to string, f frame, hold bool) (receipt, error) {
 	defer f.release()
 	kind, data := "r", f.data
-	id, before, after, unsure := "", "", "", ""
+	id, before, after, unsureLo, unsureHi := "", "", "", "", ""
 	if f.kind == kindMail {
 		kind = "m"
 		if f.id != 0 {
 			id, before, after = mailID(f.id), mailID(f.id-1), mailID(f.id+1)
 		}
-		if m.unsure != 0 {
-			unsure = mailID(m.unsure)
+		if m.unsure.lo != 0 {
+			unsureLo, unsureHi = mailID(m.unsure.lo), mailID(m.unsure.hi)
 		}
 	} else {
 		data = encodeFrame(m.seatName(), f)
 	}
-	res, err := m.run(ctx, m.hub.scripts.post, to, kind, data, f.size(), flag01(hold), id, before, after, unsure)
+	res, err := m.run(ctx, m.hub.scripts.post, to, kind, data, f.size(), flag01(hold), id, before, after, unsureLo, unsureHi)
 	if f.id != 0 {
 		m.noteUnsure(f.id, err)
 	}
@@ -654,9 +654,9 @@ func (m *redisSeat) Post(ctx context.Context, to string, f frame, hold bool) (re
 // later one.
 func (m *redisSeat) noteUnsure(id uint64, err error) {
 	if err == nil || isNamed(err) {
-		m.unsure = 0
-	} else if m.unsure == 0 || id < m.unsure {
-		m.unsure = id
+		m.unsure = idGap{}
+	} else {
+		m.unsure = m.unsure.with(id)
 	}
 }
 

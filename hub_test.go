@@ -127,6 +127,7 @@ func testHub(t *testing.T, env hubEnv) {
 		})
 	}
 	t.Run("mail/property", func(t *testing.T) { testMailProperty(t, env) })
+	t.Run("mail/refused property", func(t *testing.T) { testRefusedProperty(t, env) })
 	testHubRooms(t, env)
 }
 
@@ -1762,6 +1763,88 @@ func playMail(h *hubTest, script []string) error {
 				return fmt.Errorf("step %d: %w", i, err)
 			}
 			sent, seen = sent[n:], seen-n
+		}
+	}
+	return nil
+}
+
+// A letterStep is one of a script of mail that is refused and repeated.
+type letterStep struct {
+	do string // send, fill the mailbox, or empty it
+	id uint64
+}
+
+// testRefusedProperty: whatever is refused, and in whatever order it is repeated,
+// mail that was answered with a receipt is in the mailbox, once.
+func testRefusedProperty(t *testing.T, env hubEnv) {
+	ids := rapid.SliceOfN(rapid.Uint64Range(1, 9), 1, 4)
+	rounds := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) (round []letterStep) {
+		for _, do := range []string{"fill", "empty"} {
+			round = append(round, letterStep{do: do})
+			for _, id := range ids.Draw(t, "ids") {
+				round = append(round, letterStep{"send", id})
+			}
+		}
+		return round
+	}), 1, 6)
+	checkScripts(t, env, rounds, func(h *hubTest, rounds [][]letterStep) error { return playRefused(h, slices.Concat(rounds...)) })
+}
+
+func playRefused(h *hubTest, script []letterStep) error {
+	a, b := h.join("A x"), h.join("B").openMail(0)
+	const skipped, refused, stored = 0, 1, 2
+	var (
+		state [10]int // by id
+		last  uint64  // the highest stored
+		full  bool
+		must  []string        // in the mailbox, in order
+		may   map[string]bool // be there: ids that were skipped, and never refused
+	)
+	may = map[string]bool{}
+	for i, s := range append(script, letterStep{do: "empty"}) {
+		text := fmt.Sprintf("%d in step %d", s.id, i)
+		switch s.do {
+		case "fill":
+			for size := mailBytes; size > 0; {
+				if _, err := a.trySend("B", 0, strings.Repeat("x", size)); errors.Is(err, errMailFull) {
+					size /= 2
+				} else if err != nil {
+					return err
+				}
+			}
+			full = true
+		case "empty":
+			var got []string
+			for _, m := range b.takeAll() {
+				if m = strings.TrimPrefix(m, "A: "); !strings.HasPrefix(m, "x") && !may[m] {
+					got = append(got, m)
+				}
+			}
+			if !slices.Equal(got, must) {
+				return fmt.Errorf("step %d: in the mailbox is %v, want %v", i, got, must)
+			}
+			if err := b.Ack(ctx, b.cursor); err != nil {
+				return err
+			}
+			must, full = nil, false
+		case "send":
+			_, err := a.trySend("B", s.id, text)
+			known := state[s.id] == stored
+			optional := state[s.id] == skipped && s.id < last
+			switch {
+			case err == nil && optional:
+				may[text] = true
+				state[s.id] = skipped
+			case err == nil && !known && full:
+				return fmt.Errorf("step %d: a receipt for %d, for which there is no space", i, s.id)
+			case err == nil && !known:
+				must = append(must, text)
+				state[s.id], last = stored, max(last, s.id)
+			case err != nil && (known || !full || !errors.Is(err, errMailFull)):
+				return fmt.Errorf("step %d: %d is refused: %w", i, s.id, err)
+			case err != nil:
+				state[s.id] = refused
+			}
 		}
 	}
 	return nil

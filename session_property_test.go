@@ -57,7 +57,7 @@ type scriptAct struct {
 var scriptActs = []string{
 	"mail", "relay", "connect", "drop", "ack", "hello", "leave 1001", "cut",
 	"mail", "relay", "connect", "drop", "ack", "hello without watermark",
-	"mail", "relay", "connect", "resend", "resend",
+	"mail", "relay", "connect", "resend", "resend", "resend one", "resend one",
 	"mail without id", "leave 1000", "leave without code", "connect again",
 }
 
@@ -263,6 +263,10 @@ func (p *person) act(a scriptAct, connNo int) {
 		p.write(c, fmt.Sprintf(`{"type":"send","payload":%s}`, p.parcel(c, p.sent)))
 	case "resend":
 		p.resend(c)
+	case "resend one": // out of step with the others
+		if n := len(p.unsure); n > 0 {
+			p.post(c, p.unsure[a.n%n])
+		}
 	case "ack":
 		if up := c.lastSeq; up > 0 && a.n > 1 {
 			p.write(c, fmt.Sprintf(`{"type":"delivered","upTo":%d}`, up))

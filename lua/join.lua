@@ -61,7 +61,7 @@ if there then
   resumed = 1
 elseif kind == 'p' then
   if not occupied(s, name) then
-    for _, field in ipairs({':i', ':j', ':r', ':g', ':t'}) do set(s, name .. field, nil) end
+    for _, field in ipairs({':i', ':j', ':r', ':R', ':g', ':t'}) do set(s, name .. field, nil) end
     set(s, name .. ':c', claim ~= '' and claim)
   elseif claim == '' or get(s, name .. ':c') ~= claim then
     refused = again and 'replaced' or 'busy'

@@ -1,8 +1,8 @@
 -- Puts a frame in mailboxes. KEYS[1] session; ARGV: instance, holder, the
 -- sender's seat, to, r of relay or m of mail, the frame or payload, its size,
 -- 1 to leave the receiver unnotified, and of mail its id, the one before, the
--- one after, and the lowest id that may not have been seen here, in 20 digits
--- each, "" for none.
+-- one after, and the lowest and the highest id that may not have been seen here,
+-- in 20 digits each, "" for none.
 local s, holding, from, to, kind = session(idOf(KEYS[1])), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local data, size, hold = ARGV[6], tonumber(ARGV[7]), ARGV[8] == '1'
 local mine = from .. ':h'
@@ -47,45 +47,55 @@ local function stored(id)
   return true
 end
 
+-- refuse notes that the id was not stored, as idLog.refuse does.
 local function refuse(id)
-  if type(id) == 'number' then id = string.format('%020.0f', id) end
-  local refused = get(s, from .. ':r')
-  if id ~= '' and id > (get(s, from .. ':i') or '') and (not refused or id < refused) then
-    set(s, from .. ':r', id)
-  end
+  if id == '' or id <= (get(s, from .. ':i') or '') then return end
+  local lo, hi = get(s, from .. ':r'), get(s, from .. ':R')
+  if not lo or id < lo then set(s, from .. ':r', id) end
+  if not hi or id > hi then set(s, from .. ':R', id) end
 end
 
 -- store notes that the id is stored, as idLog.store does.
 local function store(id, before, after, seq)
-  local gaps, refused = {}, get(s, from .. ':r')
-  if id > (get(s, from .. ':i') or '') then
-    if refused and refused < id then
-      for gap in string.gmatch(get(s, from .. ':g') or '', '%S+') do gaps[#gaps + 1] = gap end
-      gaps[#gaps + 1] = refused .. '-' .. before
-    end
-    set(s, from .. ':i', id)
-    set(s, from .. ':j', seq)
-    set(s, from .. ':r', nil)
-    if #gaps == 0 then return end
-  else
-    for lo, hi in string.gmatch(get(s, from .. ':g') or '', '(%d+)-(%d+)') do
-      if id < lo or hi < id then
-        gaps[#gaps + 1] = lo .. '-' .. hi
-      else
-        if lo < id then gaps[#gaps + 1] = lo .. '-' .. before end
-        if id < hi then gaps[#gaps + 1] = after .. '-' .. hi end
-      end
+  local gaps, changed = {}, false
+  -- without adds what is left of a gap below the id, and returns what is above.
+  local function without(lo, hi)
+    if lo < id then gaps[#gaps + 1] = {lo, hi < id and hi or before} end
+    if id < hi then return {lo > id and lo or after, hi} end
+  end
+  for lo, hi in string.gmatch(get(s, from .. ':g') or '', '(%d+)-(%d+)') do
+    if id < lo or hi < id then
+      gaps[#gaps + 1] = {lo, hi}
+    else
+      local above = without(lo, hi)
+      gaps[#gaps + 1] = above
+      changed = true
     end
   end
-  if #gaps > MAX_GAPS then table.remove(gaps, 1) end
+  if id > (get(s, from .. ':i') or '') then
+    local refused = get(s, from .. ':r')
+    local above = refused and without(refused, get(s, from .. ':R')) or {}
+    changed = changed or refused
+    set(s, from .. ':r', above[1])
+    set(s, from .. ':R', above[2])
+    set(s, from .. ':i', id)
+    set(s, from .. ':j', seq)
+  end
+  if not changed then return end
+  if #gaps > MAX_GAPS then
+    local i = gaps[1][2] < id and id < gaps[2][1] and 2 or 1
+    gaps[i][2] = table.remove(gaps, i + 1)[2]
+  end
+  for i, gap in ipairs(gaps) do gaps[i] = gap[1] .. '-' .. gap[2] end
   set(s, from .. ':g', #gaps > 0 and table.concat(gaps, ' '))
 end
 
 local seq = 0
 local function mail(name)
   local id, box = ARGV[9], mailbox(s, name)
-  if ARGV[12] ~= '' then -- none from there on, but those that have been seen since
-    refuse(math.max(tonumber(ARGV[12]), tonumber(get(s, from .. ':i') or 0) + 1))
+  if ARGV[12] ~= '' and ARGV[13] > (get(s, from .. ':i') or '') then -- but those that have been seen since
+    refuse(string.format('%020.0f', math.max(tonumber(ARGV[12]), tonumber(get(s, from .. ':i') or 0) + 1)))
+    refuse(ARGV[13])
   end
   if id ~= '' and stored(id) then
     seq = num(s, from .. ':j')

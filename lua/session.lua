@@ -17,8 +17,8 @@
 --   a  reserved until                q  bytes, and u presence frames, queued
 --   w  1 if a sender waits           b  bytes of mail, T of all mail ever
 --   s  last seq                      t  recent takeovers
---   i  highest id stored             j  its seq     r  lowest id refused above
---   g  gaps below i                  d  display name
+--   i  highest id stored             j  its seq     r  lowest id refused above i
+--   g  gaps below i                  d  display name                 R  the highest
 -- beside it, for each seat, the list parley:{id}:q:<seat> of frames and the
 -- stream parley:{id}:m:<seat> of mail.
 
