@@ -247,14 +247,19 @@ func (m *redisSeat) putOut(why, err error) {
 	}
 }
 
-// own notes that a session counts to a quota of this instance.
-func (h *redisHub) own(id string, n network) {
+// own notes that a session counts to a quota of this instance, unless it is noted
+// already.
+func (h *redisHub) own(id string, n network) (noted bool) {
 	if h.owners.limit == 0 || !n.IsValid() {
-		return
+		return false
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if _, is := h.owned[id]; is {
+		return false
+	}
 	h.owned[id] = n
+	return true
 }
 
 // disown gives back what a session took, once.
@@ -305,8 +310,8 @@ func (h *redisHub) Open(ctx context.Context, m meta) error {
 	}
 	id := m.ID.String()
 	h.own(id, owner)
-	if _, err = h.run(ctx, h.scripts.open, []string{id}, args...); err != nil {
-		h.disown(id)
+	if _, err = h.run(ctx, h.scripts.open, []string{id}, args...); err != nil && !inDoubt(err) {
+		h.disown(id) // otherwise a look does, if it is not there
 	}
 	return err
 }
@@ -413,7 +418,7 @@ func (h *redisHub) Join(ctx context.Context, id sessionID, r joinRequest, notify
 	}
 	h.mu.Lock()
 	delete(h.seats, m.number)
-	if !isNamed(err) && mayHaveRun(err) { // then the seat may be taken
+	if inDoubt(err) { // then the seat may be taken
 		newcomer := r.room && r.resume == claim{}
 		h.retryLeaveLocked(m, newcomer)
 	}
@@ -466,10 +471,9 @@ func (h *redisHub) join(ctx context.Context, m *redisSeat, again bool) (v view, 
 	if err == nil && len(res) < 9 {
 		err = errBackend
 	}
-	created := err == nil && luaInt(res[0]) == 1
-	if created {
-		h.own(m.key, owner)
-	} else if create == "1" {
+	// In doubt, a look gives it back, if the session is not there or counts elsewhere.
+	created := err == nil && luaInt(res[0]) == 1 || inDoubt(err)
+	if create == "1" && (!created || !h.own(m.key, owner)) {
 		h.owners.give(owner)
 	}
 	if err != nil {
@@ -804,8 +808,12 @@ func (h *redisHub) retryLeaveLocked(m *redisSeat, forGood bool) {
 	h.leaving[rest.number] = leaving{rest, forGood}
 }
 
-// mayHaveRun reports whether a script that came to err may have reached Redis.
-func mayHaveRun(err error) bool {
+// inDoubt reports whether a script that came to err may have run all the same: it
+// may have reached Redis, and its answer is none that says what has not happened.
+func inDoubt(err error) bool {
+	if err == nil || isNamed(err) {
+		return false
+	}
 	dial, ok := errors.AsType[*net.OpError](err)
 	return !(ok && dial.Op == "dial") && !errors.Is(err, redis.ErrPoolTimeout) && !errors.Is(err, redis.ErrPoolExhausted) && !errors.Is(err, redis.ErrClosed)
 }

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -186,4 +188,51 @@ func TestRedisUnreachableJoins(t *testing.T) {
 	if len(r.leaving) > 0 || len(r.seats) > 0 {
 		t.Errorf("%d seats wait to be left, %d are kept", len(r.leaving), len(r.seats))
 	}
+}
+
+// A session whose making was not answered counts to its owner as long as it lives,
+// and no longer; one that was never made, until the next look.
+func TestRedisOwnedUnanswered(t *testing.T) {
+	t.Parallel()
+	env := miniEnv()
+	env.run(t, func(t *testing.T) {
+		h := newHubTest(t, env)
+		h.owners = newQuota(1)
+		r, faults := h.start().(*redisHub), new(answersLost)
+		r.client.AddHook(faults)
+		owned := request("A x")
+		owned.owner = netip.MustParsePrefix("10.0.0.1/32")
+		room := meta{ID: uuid.New(), Expires: h.now().Add(time.Hour), Room: &roomMeta{Code: "PARTY2", Created: h.now(), Max: 2, Owner: owned.owner}}
+		mayOpen := func(want bool, what string) {
+			h.Helper()
+			ok, _ := h.owners.take(owned.owner)
+			if ok {
+				h.owners.give(owned.owner)
+			}
+			if ok != want {
+				h.Errorf("%s: its owner may open another: %v", what, ok)
+			}
+		}
+		for range 2 {
+			joinUnanswered(h, r, faults, h.id, owned)
+			mayOpen(false, "a pair, joined")
+			h.advance(r.look)
+			mayOpen(false, "a pair, away")
+			h.advance(h.resumeTTL + 2*r.look)
+			mayOpen(true, "a pair, ended")
+		}
+
+		faults.lost.Store(true)
+		if err := r.Open(ctx, room); !errors.Is(err, io.ErrUnexpectedEOF) {
+			h.Error("opened with", err)
+		}
+		faults.lost.Store(false)
+		h.advance(r.look)
+		mayOpen(false, "a room")
+		if err := r.End(ctx, room.ID, errGone); err != nil {
+			h.Error(err)
+		}
+		h.advance(2 * r.look)
+		mayOpen(true, "no room")
+	})
 }

@@ -301,29 +301,37 @@ func (h *redisHub) tickInTime(ctx context.Context) error {
 func (h *redisHub) leaveStrays(ctx context.Context) error {
 	var cursor uint64
 	for {
-		ctx, cancel := context.WithTimeout(ctx, redisTimeout)
-		defer cancel()
-		held, next, err := h.client.SScan(ctx, "parley:seats:"+h.instance, cursor, "", lookBatch).Result()
-		if err != nil {
+		next, err := h.leaveSomeStrays(ctx, cursor)
+		if err != nil || next == 0 {
 			return err
 		}
-		for _, entry := range held {
-			id, name, _ := strings.Cut(entry, " ")
-			holder, err := h.client.HGet(ctx, sessionKey(id), name+":h").Result()
-			if err != nil && !errors.Is(err, redis.Nil) {
-				return err
-			}
-			if number, ok := strings.CutPrefix(holder, h.instance+":"); ok {
-				h.leaveStray(id, name, holder, number)
-			}
-		}
-		if cursor = next; cursor == 0 {
-			return nil
-		}
+		cursor = next
 		if err := h.tickInTime(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// leaveSomeStrays does so from cursor on, and returns from where to go on; 0 is
+// nowhere.
+func (h *redisHub) leaveSomeStrays(ctx context.Context, cursor uint64) (next uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, redisTimeout)
+	defer cancel()
+	held, next, err := h.client.SScan(ctx, "parley:seats:"+h.instance, cursor, "", lookBatch).Result()
+	if err != nil {
+		return 0, err
+	}
+	for _, entry := range held {
+		id, name, _ := strings.Cut(entry, " ")
+		holder, err := h.client.HGet(ctx, sessionKey(id), name+":h").Result()
+		if err != nil && !errors.Is(err, redis.Nil) {
+			return 0, err
+		}
+		if number, ok := strings.CutPrefix(holder, h.instance+":"); ok {
+			h.leaveStray(id, name, holder, number)
+		}
+	}
+	return next, nil
 }
 
 // leaveStray has a seat left unless it belongs to a connection.
