@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +39,8 @@ type remoteSeat struct {
 	fetching bool
 	more     bool // there was more to fetch
 	mail     bool // mail is asked for
+	failed   int  // fetches in a row, at most maxRetries
+	waiting  bool // until the next try
 }
 
 // What is fetched at once. With the connection it is lost, as far as it is not
@@ -45,6 +48,13 @@ type remoteSeat struct {
 const (
 	fetchFrames = takeFrames
 	fetchBytes  = 16 << 10
+)
+
+// A fetch that failed is tried again after retryFetch, then twice as late each
+// time, but never later than after a heartbeat.
+const (
+	retryFetch = 250 * time.Millisecond
+	maxRetries = 10 // that are counted
 )
 
 func newRemoteSeat(c *conn) *remoteSeat {
@@ -118,17 +128,36 @@ func (r *remoteSeat) Take(_ context.Context, after uint64, budget int, buf []fra
 	return buf, false, nil
 }
 
-// fetch takes what waits.
+// fetch takes what waits. One that fails is tried again, later each time, until
+// the connection ends.
 func (r *remoteSeat) fetch(after uint64) {
 	frames, more, err := r.seat.Take(context.Background(), after, fetchBytes, make([]frame, 0, fetchFrames))
 	r.mu.Lock()
 	r.fetched, r.more, r.fetching = frames, more, false
-	r.mu.Unlock()
-	if err != nil {
-		r.news.Store(true) // to be looked for with whatever is written next
-		return
+	if err == nil {
+		r.failed = 0
+	} else if !errors.Is(err, errReplaced) && !errors.Is(err, errGone) { // of which the connection is told
+		r.tryLaterLocked()
 	}
-	if len(frames) > 0 || r.news.Load() {
+	r.mu.Unlock()
+	if len(frames) > 0 || err == nil && r.news.Load() {
 		r.c.wake()
 	}
+}
+
+// tryLaterLocked has what could not be fetched looked for again. The caller holds
+// mu.
+func (r *remoteSeat) tryLaterLocked() {
+	r.news.Store(true)
+	if r.waiting || r.c.closing() != 0 {
+		return
+	}
+	r.waiting = true
+	time.AfterFunc(min(retryFetch<<r.failed, r.c.heartbeat), func() {
+		r.mu.Lock()
+		r.waiting = false
+		r.mu.Unlock()
+		r.c.wake()
+	})
+	r.failed = min(r.failed+1, maxRetries)
 }
