@@ -56,6 +56,19 @@ test("codes", async (t) => {
   await assert.rejects(mint({ server, signal: abort }), /enough/);
 });
 
+test("a network that has used up its share of TURN is told", async (t) => {
+  const { url: server } = await startParley(t, { TURN_URLS: "turn:turn.example", TURN_SECRET: "s" });
+  const { appID: first } = await mint({ server });
+  for (let i = 1; i < 30; i++) await mint({ server });
+  const { appID: last } = await mint({ server });
+  for (const [appID, throttled] of [[first, false], [last, true]]) {
+    const session = open(t, { server, appID, side: "A" });
+    await next(session, "open");
+    assert.equal(session.throttled, throttled);
+    assert.equal(session.iceServers.length, throttled ? 0 : 1);
+  }
+});
+
 test("presence of the other side", async (t) => {
   const { url: server } = await startParley(t, { RESUME_TTL: "2s" });
   const network = await startNetwork(t, Number(new URL(server).port));

@@ -272,6 +272,28 @@ test("either side cancels on the way, and the next file goes; only meanwhile the
   clean(a, b);
 });
 
+test("two who cannot connect are told why, where it may be that no relay was left for them", async (t) => {
+  for (const [env, words] of [
+    [{}, /^Still connecting\. Perhaps these networks/],
+    [{ TURN_URLS: "turn:127.0.0.1:9", TURN_SECRET: "s" }, /^Still connecting\..* your network has used up its share/],
+  ]) {
+    const { url } = await startParley(t, env);
+    for (let i = 0; i < 30; i++) await fetch(url + "/rendezvous/code", { method: "POST" });
+    const init = () => (RTCPeerConnection.prototype.addIceCandidate = async () => {});
+    const [a, b] = [await openDevice(t, browser, url, { init }), await openDevice(t, browser, url, { init })];
+    await typeCode(b, await mintCode(a));
+    for (const page of [a, b]) {
+      await says(page, "#status", /^Connecting to the other device$/);
+      await page.evaluate(() => {
+        const now = Date.now;
+        Date.now = () => now() + 30_000;
+      });
+      await says(page, "#status", words);
+    }
+    clean(a, b);
+  }
+});
+
 test("a large file can be declined, and another is sent", async (t) => {
   const { url } = await startParley(t);
   const [a, b] = await pairByLink(t, browser, url);

@@ -335,7 +335,10 @@ function status() {
   if (session.presence !== "present") return ["waiting", seat.paired && seat.side === "A" || connectedOnce ? "The other device has left, waiting for it" : "Waiting for the other device"];
   if (channel && !open && !verified) return ["interrupted", "The connection to the other device was closed. Reload this page to connect again."];
   if (connectedOnce) return ["interrupted", "The connection was interrupted, reconnecting"];
-  if (Date.now() - connectingSince > PATIENCE) return ["connecting", "Still connecting. Perhaps these networks do not let the devices reach each other."];
+  if (Date.now() - connectingSince > PATIENCE) {
+    if (session.throttled) return ["connecting", "Still connecting. Perhaps it takes a relay, and your network has used up its share of this server's. Try again in an hour, or from another network."];
+    return ["connecting", "Still connecting. Perhaps these networks do not let the devices reach each other."];
+  }
   return ["connecting", "Connecting to the other device"];
 }
 

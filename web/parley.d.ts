@@ -129,6 +129,8 @@ export class Session extends EventTarget {
   readonly presence: Presence;
   readonly route: Route | null;
   readonly iceServers: RTCIceServer[];
+  /** The server left its TURN servers out: this network has them for as many sessions as it may. Say so where connecting fails. */
+  readonly throttled: boolean;
 
   /**
    * Sends mail to the other side: anything that JSON can hold, of at most 1 MiB
@@ -276,6 +278,8 @@ export class Room extends EventTarget {
   readonly host: string | null;
   readonly state: "connecting" | "open" | "offline" | "closed";
   readonly iceServers: RTCIceServer[];
+  /** The server left its TURN servers out: this network has them for as many sessions as it may. Say so where connecting fails. */
+  readonly throttled: boolean;
 
   /**
    * The connection to another member, made by perfect negotiation as in a

@@ -590,6 +590,7 @@ class ICEServers {
   #timer = 0;
   #expires = 0;
   list = [];
+  throttled = false; // there is no TURN server in the list, because of that
 
   constructor(ask) {
     this.#ask = ask;
@@ -600,8 +601,9 @@ class ICEServers {
   // credentials: those of before are kept while they live.
   set(servers, ttl, throttled = false) {
     clearTimeout(this.#timer);
+    this.throttled = throttled && Date.now() >= this.#expires;
     if (throttled) {
-      if (Date.now() >= this.#expires) this.list = servers ?? [];
+      if (this.throttled) this.list = servers ?? [];
       this.#timer = setTimeout(this.#ask, ASK_LATER);
       return;
     }
@@ -702,6 +704,9 @@ export class Session extends EventTarget {
   }
   get iceServers() {
     return this.#ice.list;
+  }
+  get throttled() {
+    return this.#ice.throttled;
   }
 
   send(payload) {
@@ -953,6 +958,9 @@ export class Room extends EventTarget {
   }
   get iceServers() {
     return this.#ice.list;
+  }
+  get throttled() {
+    return this.#ice.throttled;
   }
 
   peerConnection(peer) {
