@@ -191,7 +191,7 @@ test("a page that is loaded again is met again", async (t) => {
 const joinOlder = (page, options) =>
   page.evaluate(({ appID, side }) => {
     const ws = new WebSocket(`${location.origin.replace("http", "ws")}/ws?appID=${appID}&side=${side}`);
-    const pc = new RTCPeerConnection();
+    const pc = (globalThis.olderPC = new RTCPeerConnection());
     const say = (frame) => ws.send(JSON.stringify(frame));
     const describe = async () => {
       await pc.setLocalDescription();
@@ -217,6 +217,18 @@ const joinOlder = (page, options) =>
     };
   }, options);
 
+// stateOf says how far two have come who do not meet.
+const stateOf = (page) =>
+  page.evaluate(() => {
+    const pc = globalThis.olderPC ?? session.peerConnection();
+    const { heard, session: { state, presence } = {} } = globalThis;
+    const candidates = (description) => description?.sdp.split("a=candidate:").length - 1;
+    return JSON.stringify({
+      heard, state, presence, signaling: pc.signalingState, gathering: pc.iceGatheringState, ice: pc.iceConnectionState, connection: pc.connectionState,
+      local: candidates(pc.localDescription), remote: candidates(pc.remoteDescription),
+    });
+  });
+
 for (const [ours, theirs] of [["A", "B"], ["B", "A"]]) {
   test(`with an older client as ${theirs}`, async (t) => {
     const { url } = await startParley(t);
@@ -235,7 +247,11 @@ for (const [ours, theirs] of [["A", "B"], ["B", "A"]]) {
       else pc.ondatachannel = ({ channel }) => talk(channel);
     }, ours);
     await joinOlder(b, { appID, side: theirs });
-    for (const page of [a, b]) await until("a word of the other", () => page.evaluate(() => globalThis.heard !== undefined)).catch((error) => assert.fail(`${error} ${a.errors} ${b.errors}`));
+    for (const page of [a, b]) {
+      await until("a word of the other", () => page.evaluate(() => globalThis.heard !== undefined)).catch(async (error) =>
+        assert.fail([error, ...a.errors, ...b.errors, await stateOf(a), await stateOf(b)].join("\n")),
+      );
+    }
     assert.deepEqual(await Promise.all([a, b].map((page) => page.evaluate(() => heard))), ["hello from an older " + theirs, "hello from " + ours]);
     await until("a route", () => a.evaluate(() => session.route !== null));
     clean(a, b);
