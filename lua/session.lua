@@ -422,7 +422,7 @@ local function free(s, name)
     if peer ~= name then left[#left + 1] = peer end
   end
   setNames(s, left)
-  for _, field in ipairs({'c', 'v', 't', 's', 'T', 'i', 'j', 'r', 'g', 'd', 'w'}) do
+  for _, field in ipairs({'c', 'v', 't', 's', 'T', 'i', 'j', 'r', 'R', 'g', 'd', 'w'}) do
     set(s, name .. ':' .. field, nil)
   end
   announce(s, name, event(s, LEFT, 0, 0, who))
