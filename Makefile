@@ -35,8 +35,9 @@ E2E := $(if $(wildcard e2e/package.json),e2e/node_modules/.installed)
 
 .PHONY: test test-long fuzz lint bench dist tools tools-long
 
+# Four tests at once: those in browsers mostly wait.
 test: tools $(E2E)
-	go test -race -count=1 -timeout 10m ./...
+	go test -race -count=1 -parallel 4 -timeout 10m ./...
 
 # Soak, fault and documentation tests live in *_long_test.go files with the build
 # tag long and have Long in their names. After them, each fuzz target.

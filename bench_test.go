@@ -29,6 +29,7 @@ var withoutRace bool
 // TestWithoutRace runs the tests that the race detector would make meaningless
 // in a run of their own.
 func TestWithoutRace(t *testing.T) {
+	t.Parallel()
 	if withoutRace {
 		return // they are part of this one
 	}

@@ -548,7 +548,7 @@ func TestLocalOriginWarnings(t *testing.T) {
 		"localhost.example":      false,
 		"http://tauri.localhost": false,
 	} {
-		got := strings.Join(mustLoad(t, nil, "DEV=false", "CORS_ORIGINS=app.example,"+origin).warnings(), "\n")
+		got := strings.Join(mustLoad(t, nil, "DEV=false", testSTUN, "CORS_ORIGINS=app.example,"+origin).warnings(), "\n")
 		if opens := strings.Contains(got, "lists "+strings.ToLower(origin)+", ") && strings.Contains(got, "http and https, on any port"); opens != want || (got == "") == want {
 			t.Errorf("%s: got %q", origin, got)
 		}

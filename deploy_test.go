@@ -393,14 +393,15 @@ func readYAML(t *testing.T, file string, into any) {
 	}
 }
 
-// coturn with our settings takes parley's credentials, and relays to nobody in
-// the networks that it stands in.
+// coturn with our settings, and its own address as docs/deploy.md says, takes
+// parley's credentials, and relays to nobody else in the networks that it stands
+// in.
 func TestTurnserverConf(t *testing.T) {
 	t.Parallel()
 	dir, port := t.TempDir(), quietPort(t)
 	conf := filepath.Join(dir, "turnserver.conf")
 	writeFile(t, conf, rendered(t, "deploy/turnserver.conf", "listening-port=3478", "listening-port="+port)+
-		"realm=parley.test\nstatic-auth-secret="+coturnSecret+"\nlistening-ip=127.0.0.1\nrelay-ip=127.0.0.1\n")
+		"realm=parley.test\nstatic-auth-secret="+coturnSecret+"\nlistening-ip=127.0.0.1\nrelay-ip=127.0.0.1\nallow-loopback-peers\nallowed-peer-ip=127.0.0.1\n")
 	out := startProgram(t, "127.0.0.1:"+port, nil, needTool(t, "turnserver"), "-c", conf,
 		"--userdb="+filepath.Join(dir, "turndb"), "--pidfile="+filepath.Join(dir, "pid"))
 	if text := out.String(); strings.Contains(text, "Bad configuration format") || strings.Contains(text, "WARNING: unknown") {
@@ -430,7 +431,7 @@ func TestTurnserverConf(t *testing.T) {
 	}
 	defer relayed.Close()
 	for ip, allowed := range map[string]bool{
-		"203.0.113.1": true, "127.0.0.1": false, "10.0.0.1": false, "172.16.0.1": false, "192.168.1.1": false,
+		"203.0.113.1": true, "127.0.0.1": true, "127.0.0.2": false, "10.0.0.1": false, "172.16.0.1": false, "192.168.1.1": false,
 		"169.254.169.254": false, "100.64.0.1": false, "0.0.0.0": false, "224.0.0.1": false,
 	} {
 		err := client.CreatePermission(&net.UDPAddr{IP: net.ParseIP(ip), Port: 80})

@@ -39,9 +39,11 @@ func TestBrowser(t *testing.T) {
 // TestDemo uses the demo page in a real browser, as people do, and puts a man in
 // the middle.
 func TestDemo(t *testing.T) {
-	t.Parallel()
 	for _, file := range []string{"demo", "attack"} {
-		runNode(t, file+".test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+		t.Run(file, func(t *testing.T) {
+			t.Parallel()
+			runNode(t, file+".test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))
+		})
 	}
 }
 

@@ -73,7 +73,10 @@ func memoryEnv() hubEnv {
 	}
 }
 
-func TestMemoryHub(t *testing.T) { testHub(t, memoryEnv()) }
+func TestMemoryHub(t *testing.T) {
+	t.Parallel()
+	testHub(t, memoryEnv())
+}
 
 // TestMemoryHubCorks: a held post saves its receiver a turn. The contract only
 // allows that, so the suite does not ask for it.

@@ -4,7 +4,6 @@ import (
 	"container/list"
 	"context"
 	"hash/maphash"
-	"iter"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -168,24 +167,26 @@ func (l *rateLimit) allow(n network) (ok bool, retryAfter time.Duration) {
 		return true, 0
 	}
 	now := time.Now()
-	token, retryAfter := takeToken(l.networks, n, now)
+	retryAfter = takeToken(l.networks, n, now)
 	if site, ok := siteOf(n); ok && l.sites != nil && retryAfter == 0 {
-		if _, retryAfter = takeToken(l.sites, site, now); retryAfter > 0 {
-			l.networks.with(n, func(**rate.Limiter) { token.CancelAt(now) })
+		if retryAfter = takeToken(l.sites, site, now); retryAfter > 0 {
+			l.networks.with(n, func(b **rate.Limiter) { (*b).AllowN(now, -1) }) // gives it back
 		}
 	}
 	return retryAfter == 0, retryAfter
 }
 
-// takeToken takes one of n's tokens, or says when there is one.
-func takeToken(buckets *addressTable[*rate.Limiter], n network, now time.Time) (token *rate.Reservation, retryAfter time.Duration) {
+// takeToken takes one of n's tokens, or returns after how long there is one.
+func takeToken(buckets *addressTable[*rate.Limiter], n network, now time.Time) (retryAfter time.Duration) {
 	buckets.with(n, func(b **rate.Limiter) {
-		token = (*b).ReserveN(now, 1)
-		if retryAfter = token.DelayFrom(now); retryAfter > 0 {
-			token.CancelAt(now)
+		if (*b).AllowN(now, 1) {
+			return
 		}
+		r := (*b).ReserveN(now, 1)
+		retryAfter = r.DelayFrom(now)
+		r.CancelAt(now)
 	})
-	return token, retryAfter
+	return retryAfter
 }
 
 // A guessBudget bounds how many wrong guesses each network may make. The nil
@@ -449,37 +450,45 @@ func (q *quota) add(n network, one func(*holding)) (ok bool, retryAfter time.Dur
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now := time.Now()
-	for key, limit := range q.bounds(n) {
-		h := q.held[key]
+	for _, b := range q.bounds(n) {
+		h := q.held[b.key]
 		if h == nil {
 			continue
 		}
 		h.expire(now)
-		if h.open+len(h.expires) >= limit {
+		if h.open+len(h.expires) >= b.limit {
 			if len(h.expires) > 0 {
 				retryAfter = h.expires[0].Sub(now)
 			}
 			return false, retryAfter
 		}
 	}
-	for key := range q.bounds(n) {
-		h := q.held[key]
+	for _, b := range q.bounds(n) {
+		if b.limit == 0 {
+			continue
+		}
+		h := q.held[b.key]
 		if h == nil {
 			h = new(holding)
-			q.held[key] = h
+			q.held[b.key] = h
 		}
 		one(h)
 	}
 	return true, 0
 }
 
-// bounds returns what n counts to, and how much that may hold.
-func (q *quota) bounds(n network) iter.Seq2[network, int] {
-	return func(yield func(network, int) bool) {
-		if site, ok := siteOf(n); yield(n, q.limit) && ok {
-			yield(site, siteShare*q.limit)
-		}
+// A quotaBound is what a network counts to: itself or its site.
+type quotaBound struct {
+	key   network
+	limit int // 0 for none such
+}
+
+func (q *quota) bounds(n network) [2]quotaBound {
+	bounds := [2]quotaBound{{n, q.limit}}
+	if site, ok := siteOf(n); ok {
+		bounds[1] = quotaBound{site, siteShare * q.limit}
 	}
+	return bounds
 }
 
 // give gives back what take took.
@@ -505,11 +514,14 @@ func (q *quota) remove(n network, one func(*holding)) {
 	if q.held[n] == nil {
 		return
 	}
-	for key := range q.bounds(n) {
-		h := q.held[key]
+	for _, b := range q.bounds(n) {
+		if b.limit == 0 {
+			continue
+		}
+		h := q.held[b.key]
 		one(h)
 		h.expire(time.Now())
-		q.forget(key, h)
+		q.forget(b.key, h)
 	}
 }
 

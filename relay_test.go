@@ -126,6 +126,7 @@ func (c *rawClient) readIce(n, size int) error {
 // A burst that is far more than may wait reaches a healthy reader whole and in
 // order, while what waits in the server is bounded: the sender is held back.
 func TestBurst(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct{ frames, size int }{{100_000, 500}, {60, 65_000}} {
 		t.Run(fmt.Sprintf("%d frames of %d bytes", test.frames, test.size), func(t *testing.T) {
 			ts, base := newSocketServer(t, "WS_MAX_MSG=65536")

@@ -92,6 +92,7 @@ func roomRunDraw(t *rapid.T) roomRunScript {
 }
 
 func TestRoomProperty(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		script := roomRunDraw(rt)
 		var err error

@@ -91,6 +91,7 @@ func drawScript(t *rapid.T) sessionScript {
 }
 
 func TestSessionProperty(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		script := drawScript(rt)
 		var err error
