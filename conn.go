@@ -953,7 +953,7 @@ func (c *conn) abort(code closeCode) {
 	c.mu.Unlock()
 	if started {
 		raw := rawConn(c.net)
-		if tcp, ok := raw.(*net.TCPConn); ok {
+		if tcp, ok := raw.(interface{ SetLinger(seconds int) error }); ok {
 			tcp.SetLinger(0)
 		}
 		raw.Close()

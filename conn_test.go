@@ -2,9 +2,11 @@ package main
 
 import (
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -161,4 +163,32 @@ func TestEndUnderTLS(t *testing.T) {
 			}
 		})
 	})
+}
+
+// A connection that is cut is reset, whatever it is wrapped in: its client would
+// read all that the kernel still has, and then take the end for a regular one.
+func TestAbortResets(t *testing.T) {
+	pair := writePair(t, t.TempDir(), 1)
+	for _, settings := range [][]string{nil, {"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + pair.keyFile}} {
+		ts, addr := newLoopServer(t, settings...)
+		far, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer far.Close()
+		var stream net.Conn = far
+		if settings != nil {
+			stream = tls.Client(far, pair.client())
+		}
+		if _, err := io.WriteString(stream, upgradeRequest(wsDial{appID: testApp, side: "A"})); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stream.Read(make([]byte, 1)); err != nil { // of the answer
+			t.Fatal(err)
+		}
+		ts.clients.each(func(c *client) { c.abort(closeSlow) })
+		if _, err := io.Copy(io.Discard, far); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%v: the client reads to %v, want a reset", settings, err)
+		}
+	}
 }
