@@ -298,7 +298,7 @@ func readFile(t testing.TB, name string) string {
 	return string(data)
 }
 
-// needTool returns the path of a program that make test installs.
+// needTool returns the path of a program that make test, or test-long, installs.
 func needTool(t testing.TB, name string) string {
 	t.Helper()
 	for _, file := range []string{name, "/usr/sbin/" + name} {
@@ -306,7 +306,7 @@ func needTool(t testing.TB, name string) string {
 			return path
 		}
 	}
-	t.Fatalf("%s is not installed: `make test` installs it", name)
+	t.Fatalf("%s is not installed: `make test`, or `make test-long`, installs it", name)
 	return ""
 }
 
