@@ -96,7 +96,7 @@ type config struct {
 }
 
 // An option is one row of the table that everything else here is made from: the environment
-// variables, the flags, -h, the README's table and the configuration in the log.
+// variables, the flags, -h, the table in docs/reference.md and the configuration in the log.
 type option struct {
 	name        string // the environment variable; ROOM_TTL is -room-ttl as a flag
 	alias       string // another name for it
@@ -379,7 +379,7 @@ func writeUsage(w io.Writer) {
 	}
 }
 
-// configTable returns the table as the README has it. Of two defaults the first holds while DEV=true.
+// configTable returns the table as docs/reference.md has it. Of two defaults the first holds while DEV=true.
 func configTable() string {
 	var b strings.Builder
 	b.WriteString("| Variable | Default | What it does |\n| --- | --- | --- |\n")

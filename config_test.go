@@ -465,7 +465,7 @@ func TestHelp(t *testing.T) {
 			t.Errorf("-h lacks %s", tc.name)
 		}
 		if !strings.Contains(table, "\n| `"+tc.name+"`") {
-			t.Errorf("the README's table lacks %s", tc.name)
+			t.Errorf("the reference's table lacks %s", tc.name)
 		}
 	}
 	for _, want := range []string{"  -cors-origins, CORS_ORIGINS  -allowed-origins, ALLOWED_ORIGINS\n", "  -code-digits-max, CODE_DIGITS_MAX (default 4 / 6)\n"} {
@@ -480,7 +480,7 @@ func TestHelp(t *testing.T) {
 	}
 	for _, want := range []string{"| `CORS_ORIGINS`, `ALLOWED_ORIGINS` |  | ", "| `APP_IDS` | `any` / `minted` | "} {
 		if !strings.Contains(table, want) {
-			t.Errorf("the README's table lacks %q:\n%s", want, table)
+			t.Errorf("the reference's table lacks %q:\n%s", want, table)
 		}
 	}
 }

@@ -534,7 +534,7 @@ func TestMigratingVariables(t *testing.T) {
 }
 
 // configRows returns the rows of the table of options.
-func configRows(t testing.TB) [][]string { t.Helper(); return docTable(t, readme, "config table") }
+func configRows(t testing.TB) [][]string { t.Helper(); return docTable(t, reference, "config table") }
 
 // documents returns the Markdown files of the repository that speak of the
 // server.

@@ -10,29 +10,32 @@ import (
 	"testing"
 )
 
-var updateReadme = flag.Bool("update", false, "rewrite the README's tables of options and of figures")
+var updateDocs = flag.Bool("update", false, "rewrite the reference's table of options and the README's figures")
 
-const readme = "README.md"
+const (
+	readme    = "README.md"
+	reference = "docs/reference.md"
+)
 
-// The README's table of options is the code's: `go test -run TestReadme -update .`
-// makes it so.
-func TestReadmeConfigTable(t *testing.T) {
+// The reference's table of options is the code's: `go test -run TestReference
+// -update .` makes it so.
+func TestReferenceConfigTable(t *testing.T) {
 	const begin, end = "<!-- config table: begin -->\n", "<!-- config table: end -->"
-	text, err := os.ReadFile(readme)
+	text, err := os.ReadFile(reference)
 	if err != nil {
 		t.Fatal(err)
 	}
 	before, rest, hasBegin := strings.Cut(string(text), begin)
 	table, after, hasEnd := strings.Cut(rest, end)
 	if !hasBegin || !hasEnd {
-		t.Fatalf("%s has no lines %q and %q", readme, strings.TrimSpace(begin), end)
+		t.Fatalf("%s has no lines %q and %q", reference, strings.TrimSpace(begin), end)
 	}
 	want := configTable()
 	if strings.TrimSpace(table) == strings.TrimSpace(want) {
 		return
 	}
-	if *updateReadme {
-		if err := os.WriteFile(readme, []byte(before+begin+"\n"+want+"\n"+end+after), 0o644); err != nil {
+	if *updateDocs {
+		if err := os.WriteFile(reference, []byte(before+begin+"\n"+want+"\n"+end+after), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return
@@ -46,14 +49,14 @@ func TestReadmeConfigTable(t *testing.T) {
 			return "(nothing)"
 		}
 		if row(gotRows) != row(wantRows) {
-			t.Fatalf("row %d of the table in %s is\n\t%s\nwant\n\t%s\nrun this test with -update to rewrite the table", i+1, readme, row(gotRows), row(wantRows))
+			t.Fatalf("row %d of the table in %s is\n\t%s\nwant\n\t%s\nrun this test with -update to rewrite the table", i+1, reference, row(gotRows), row(wantRows))
 		}
 	}
 }
 
-func TestReadmeEndpoints(t *testing.T) {
+func TestReferenceEndpoints(t *testing.T) {
 	var documented []string
-	for _, row := range docTable(t, readme, "endpoints") {
+	for _, row := range docTable(t, reference, "endpoints") {
 		for _, call := range wordsOf(row[0]) {
 			call, _, _ = strings.Cut(call, "?")
 			documented = append(documented, withoutNames(call))
@@ -64,10 +67,10 @@ func TestReadmeEndpoints(t *testing.T) {
 
 // A code stands in the row of its status, or, when it is told by close frames
 // alone, in the last.
-func TestReadmeErrorCodes(t *testing.T) {
+func TestReferenceErrorCodes(t *testing.T) {
 	inCode := codeErrors(t)
 	var documented []string
-	for _, row := range docTable(t, readme, "error codes") {
+	for _, row := range docTable(t, reference, "error codes") {
 		for _, code := range wordsOf(row[1]) {
 			documented = append(documented, code)
 			e := inCode[code]
@@ -79,10 +82,10 @@ func TestReadmeErrorCodes(t *testing.T) {
 	wantSame(t, "error codes", documented, slices.Collect(maps.Keys(inCode)))
 }
 
-func TestReadmeFrames(t *testing.T) {
+func TestReferenceFrames(t *testing.T) {
 	for _, room := range []bool{false, true} {
 		var documented []string
-		for _, row := range docTable(t, readme, "client frames") {
+		for _, row := range docTable(t, reference, "client frames") {
 			if where := map[bool]string{false: "pair", true: "room"}[room]; strings.Contains(row[1], where) {
 				documented = append(documented, wordsOf(row[0])...)
 			}
@@ -90,20 +93,20 @@ func TestReadmeFrames(t *testing.T) {
 		wantSame(t, "types of clients' frames", documented, clientTypes(room))
 	}
 	var documented []string
-	for _, row := range docTable(t, readme, "server frames") {
+	for _, row := range docTable(t, reference, "server frames") {
 		documented = append(documented, wordsOf(row[0])...)
 	}
 	wantSame(t, "types of the server's frames", documented, serverTypes(t))
 }
 
-func TestReadmeFrameErrors(t *testing.T) {
-	documented := wordsOf(docPart(t, readme, "frame errors"))
+func TestReferenceFrameErrors(t *testing.T) {
+	documented := wordsOf(docPart(t, reference, "frame errors"))
 	wantSame(t, "codes of error frames", documented, slices.Compact(slices.Sorted(slices.Values(codeFrameErrors(t)))))
 }
 
-func TestReadmeCloseCodes(t *testing.T) {
+func TestReferenceCloseCodes(t *testing.T) {
 	var documented, inCode []string
-	for _, row := range docTable(t, readme, "close codes") {
+	for _, row := range docTable(t, reference, "close codes") {
 		documented = append(documented, strings.Split(row[0], ", ")...)
 	}
 	for _, code := range codeCloseCodes(t) {
@@ -133,7 +136,7 @@ func TestReadmeFigures(t *testing.T) {
 		label, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
 		if want := measured[label]; want == "" {
 			t.Errorf("docs/performance.md has no figures for%s", label)
-		} else if want != line && *updateReadme {
+		} else if want != line && *updateDocs {
 			updated = strings.Replace(updated, line, want, 1)
 		} else if want != line {
 			t.Errorf("the README has\n\t%s\nand docs/performance.md\n\t%s\nrun this test with -update to take them over", line, want)
