@@ -160,21 +160,16 @@ func TestExampleGoEnds(t *testing.T) {
 // are not read, and TCP connections not completed, as behind a firewall.
 func blackHole(t *testing.T) string {
 	t.Helper()
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	tcp, udp := listenTwice(t)
+	socket, err := tcp.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { udp.Close() })
-	port := udp.LocalAddr().(*net.UDPAddr).Port
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	// Go listens with as long a queue as it may.
+	if err := socket.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) }); err != nil {
+		t.Fatal(err)
+	}
 	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Listen(fd, 0); err != nil {
 		t.Fatal(err)
 	}
 	addr := udp.LocalAddr().String()
@@ -185,6 +180,26 @@ func blackHole(t *testing.T) string {
 		}
 		t.Cleanup(func() { conn.Close() })
 	}
+}
+
+// listenTwice listens on one port for TCP and UDP, until the test ends.
+func listenTwice(t *testing.T) (*net.TCPListener, net.PacketConn) {
+	t.Helper()
+	for range 50 { // one that is free for TCP may be taken for UDP
+		tcp, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		udp, err := net.ListenPacket("udp", tcp.Addr().String())
+		if err != nil {
+			tcp.Close()
+			continue
+		}
+		t.Cleanup(func() { tcp.Close(); udp.Close() })
+		return tcp, udp
+	}
+	t.Fatal("no port is free for both")
+	return nil, nil
 }
 
 // Where no way leads to the other side, and the server gave no relay because the
