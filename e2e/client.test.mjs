@@ -258,7 +258,9 @@ test("what ends a session for good", async (t) => {
   const other = open(t, { server, appID, side: "A" });
   assert.equal((await next(other, "close")).error.code, "busy");
   const again = open(t, { server, appID, side: "A", sid: "mine" });
+  const opened = next(again, "open"); // before or after the other hears of it
   assert.equal((await next(first, "close")).error.code, "taken_over");
+  await opened;
   assert.equal(again.state, "open");
 });
 
