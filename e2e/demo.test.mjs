@@ -92,6 +92,7 @@ test("codes that do not work, each in its own words", async (t) => {
   await connected(a, b); // all the same
 
   await typeCode(c, "111111"); // the third that fails
+  await says(c, "#error", /^That code is wrong, already used or expired/); // meanwhile the page takes no other
   await typeCode(c, "222222");
   await says(c, "#error", /^Too many wrong codes came from your network\. Try again in \d+ (s|min)/);
   clean(a, b, c);
