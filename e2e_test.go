@@ -36,10 +36,10 @@ func TestBrowser(t *testing.T) {
 		"TURN_ADDR="+startCoturn(t, coturnSecret), "TURN_SECRET="+coturnSecret)
 }
 
-// TestDemo uses the demo page in a real browser, as people do, and puts a man in
-// the middle.
+// TestDemo uses the demo page in a real browser, as people do, breaks what it
+// stands on, and puts a man in the middle.
 func TestDemo(t *testing.T) {
-	for _, file := range []string{"demo", "attack"} {
+	for _, file := range []string{"demo", "outage", "attack"} {
 		t.Run(file, func(t *testing.T) {
 			t.Parallel()
 			runNode(t, file+".test.mjs", "PARLEY_BIN="+buildBinary(t), "CHROMIUM="+needChromium(t))

@@ -147,3 +147,19 @@ export const diskSum = (page) =>
     const sum = await crypto.subtle.digest("SHA-256", await new Blob(disk.parts).arrayBuffer());
     return Array.from(new Uint8Array(sum), (b) => b.toString(16).padStart(2, "0")).join("");
   });
+
+// onItsWay has a large file go from a to the disk of b, which takes 8 MiB for now.
+export async function onItsWay(a, b) {
+  await giveDisk(b, 8 * MiB);
+  const [sum] = await sendRandom(a, { "film.mkv": 70 * MiB });
+  await card(b, "in", "film.mkv").getByRole("button", { name: "Save" }).click();
+  await stored(b, 8 * MiB);
+  return sum;
+}
+
+// goesOn sees that more of it is stored.
+export async function goesOn(b) {
+  const more = (await b.evaluate(() => disk.stored)) + 8 * MiB;
+  await allow(b, more);
+  await stored(b, more);
+}
