@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"hash/maphash"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -536,39 +537,6 @@ func (s *memorySlot) announce(h *memoryHub, e event) nudge {
 	return nudge{s.holder, nil}
 }
 
-// cost is what a frame counts for in the memory that waits.
-func (o *hubOptions) cost(f *frame) int { return f.size() + o.frameCost }
-
-// queueCost is what the queue counts for in it.
-func (s *memorySlot) queueCost(h *memoryHub) int { return s.queueBytes + s.queue.len()*h.frameCost }
-
-func (s *memorySlot) push(h *memoryHub, f frame) {
-	s.queue.push(f)
-	s.queueBytes += f.size()
-	h.queued.add(h.cost(&f))
-}
-
-// dropPresence removes the presence frames: a new connection's view tells it
-// all of that.
-func (s *memorySlot) dropPresence(h *memoryHub) {
-	s.filter(h, func(f *frame) bool { return f.kind != kindPresence })
-	s.presence = 0
-}
-
-// filter keeps the queued frames that keep approves and returns how many it
-// removed.
-func (s *memorySlot) filter(h *memoryHub, keep func(*frame) bool) (removed int) {
-	return s.queue.filter(func(f *frame) bool {
-		if keep(f) {
-			return true
-		}
-		s.queueBytes -= f.size()
-		h.queued.add(-h.cost(f))
-		f.release()
-		return false
-	})
-}
-
 // check returns the error for a seat that is no longer held. The caller holds
 // the session's mu.
 func (m *memorySeat) check() error {
@@ -647,202 +615,6 @@ func (m *memorySeat) other() *memorySlot {
 		return nil
 	}
 	return m.session.seats[m.otherIndex()]
-}
-
-// post does the work of Post for one receiver, with mu held, and returns the
-// nudge to send.
-func (m *memorySeat) post(slot *memorySlot, f frame) (r receipt, wake nudge, err error) {
-	switch {
-	case slot == nil:
-		err = errNoPeer
-	case f.kind == kindMail:
-		r.seq, err = m.mail(slot, f)
-	default:
-		err = m.relay(slot, f)
-	}
-	if err != nil {
-		f.release()
-		return r, wake, err
-	}
-	wake.to = slot.holder
-	if slot.overfull(m) {
-		if m.session.room == nil {
-			r.held = true
-		} else {
-			wake.err = errSlow
-			m.session.putOut(slot)
-		}
-	}
-	return r, wake, nil
-}
-
-// relay queues a client's frame.
-func (m *memorySeat) relay(slot *memorySlot, f frame) error {
-	h := m.session.hub
-	if slot.holder == nil {
-		if slot.queue.len() > 0 && (slot.queue.len() >= waitItems || slot.queueBytes+f.size() > waitBytes) {
-			h.dropped(dropPeerAbsent, 1)
-			return errPeerAbsent
-		}
-		if !h.queued.spare(h.cost(&f)) {
-			h.dropped(dropOverCapacity, 1)
-			return errOverCapacity
-		}
-		f.keep()
-	} else if slot.queue.len() >= takeFrames { // more than its next write takes
-		f.trim()
-	}
-	slot.push(h, f)
-	return nil
-}
-
-// mail stores a payload and returns its seq. A repeated id is not stored again;
-// its receipt names the seq it got, or, once that is acknowledged, that of the
-// highest id.
-func (m *memorySeat) mail(slot *memorySlot, f frame) (uint64, error) {
-	h := m.session.hub
-	if m.slot.ids == nil {
-		m.slot.ids = new(idLog)
-	}
-	if f.id != 0 && m.slot.ids.stored(f.id) {
-		seq := m.slot.ids.lastSeq
-		for i := range slot.mail {
-			if e := &slot.mail[i]; e.id == f.id && e.from == f.from {
-				seq = e.seq
-			}
-		}
-		f.release()
-		return seq, nil
-	}
-	if len(slot.mail) >= mailItems || slot.mailBytes+f.size() > mailBytes {
-		h.dropped(dropMailFull, 1)
-		m.slot.ids.refuse(f.id)
-		return 0, errMailFull
-	}
-	if slot.holder == nil && !h.queued.spare(h.cost(&f)) {
-		h.dropped(dropOverCapacity, 1)
-		m.slot.ids.refuse(f.id)
-		return 0, errOverCapacity
-	}
-	f.keep()
-	slot.lastSeq = max(slot.lastSeq+1, seqAt(time.Now()))
-	f.seq = slot.lastSeq
-	slot.mail = append(slot.mail, f)
-	slot.mailBytes += f.size()
-	h.queued.add(h.cost(&f))
-	m.slot.ids.store(f.id, f.seq)
-	return f.seq, nil
-}
-
-// overfull reports whether by, which posts to s, should pause, and notes that
-// it waits.
-func (s *memorySlot) overfull(by *memorySeat) bool {
-	if s == nil || s.holder == nil || s.holder == by {
-		return false
-	}
-	h := by.session.hub
-	bound := h.holdBytes
-	if by.session.room != nil {
-		bound = h.slowBytes
-	}
-	if !h.queued.spare(0) { // the process has enough waiting: be less patient
-		bound = min(bound, longQueue)
-	}
-	if s.queueCost(h) <= bound {
-		return false
-	}
-	s.holding = true
-	return true
-}
-
-func (m *memorySeat) Take(_ context.Context, after uint64, budget int, buf []frame) (taken []frame, more bool, err error) {
-	s := m.session
-	s.mu.Lock()
-	if err := m.check(); err != nil {
-		s.mu.Unlock()
-		return buf, false, err
-	}
-	taken, more, wake := m.take(after, budget, buf)
-	s.mu.Unlock()
-	wake.send()
-	return taken, more, nil
-}
-
-// take does the work of Take with mu held. The nudge is for a sender that
-// waited for the queue to drain.
-func (m *memorySeat) take(after uint64, budget int, buf []frame) (taken []frame, more bool, wake nudge) {
-	slot, h := m.slot, m.session.hub
-	bytes := 0
-	room := func(f *frame) bool {
-		more = len(buf) == cap(buf) || bytes > 0 && bytes+f.size() > budget
-		bytes += f.size()
-		return !more
-	}
-	n, size := 0, 0
-	waiting := slot.queue.waiting()
-	for n < len(waiting) && room(&waiting[n]) {
-		f := &waiting[n]
-		if f.kind == kindPresence {
-			slot.presence--
-		}
-		size += f.size()
-		buf = append(buf, *f)
-		n++
-	}
-	slot.queue.shift(n)
-	slot.queueBytes -= size
-	h.queued.add(-size - n*h.frameCost)
-	if after != noMail && !more {
-		for i := range slot.mail {
-			if f := &slot.mail[i]; f.seq > after {
-				if !room(f) {
-					break
-				}
-				buf = append(buf, *f)
-			}
-		}
-	}
-	if slot.holding && slot.queueCost(h) <= h.holdBytes/2 {
-		slot.holding = false
-		if other := m.other(); other != nil {
-			wake.to = other.holder
-		}
-	}
-	return buf, more, wake
-}
-
-func (m *memorySeat) Held(context.Context) (bool, error) {
-	s := m.session
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := m.check(); err != nil {
-		return false, err
-	}
-	return m.other().overfull(m), nil
-}
-
-func (m *memorySeat) Ack(_ context.Context, upTo uint64) error {
-	s := m.session
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := m.check(); err != nil {
-		return err
-	}
-	slot := m.slot
-	if upTo > slot.lastSeq {
-		return errBeyond
-	}
-	n := 0
-	for n < len(slot.mail) && slot.mail[n].seq <= upTo {
-		slot.mailBytes -= slot.mail[n].size()
-		s.hub.queued.add(-s.hub.cost(&slot.mail[n]))
-		n++
-	}
-	clear(slot.mail[:n])
-	if slot.mail = slot.mail[n:]; len(slot.mail) == 0 {
-		slot.mail = nil
-	}
-	return nil
 }
 
 func (m *memorySeat) Report(_ context.Context, o outcome) (since time.Duration, first bool, err error) {
@@ -952,4 +724,187 @@ func (s *memorySession) forget(i int) {
 	if slot != nil && slot.state() == absent && slot.queue.len() == 0 && slot.lastSeq == s.firstSeq() {
 		s.seats[i] = nil
 	}
+}
+
+// What the hub in memory does for rooms alone.
+
+// roomCodes says which room has which code.
+type roomCodes struct {
+	mu    sync.Mutex           // taken with a shard's and a session's lock held, and no other after it
+	rooms map[string]sessionID // guarded by mu
+}
+
+// add reports whether the code was free, and is now the room's.
+func (c *roomCodes) add(code string, id sessionID) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, taken := c.rooms[code]; taken {
+		return false
+	}
+	c.rooms[code] = id
+	return true
+}
+
+func (c *roomCodes) remove(code string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.rooms, code)
+}
+
+func (c *roomCodes) find(code string) (id sessionID, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	id, ok = c.rooms[code]
+	return id, ok
+}
+
+func (h *memoryHub) Find(_ context.Context, code string) (sessionID, error) {
+	if id, ok := h.codes.find(code); ok {
+		if s := h.lock(id); s != nil {
+			s.mu.Unlock()
+			return id, nil
+		}
+	}
+	return sessionID{}, errGone
+}
+
+func (h *memoryHub) Get(_ context.Context, id sessionID) (m meta, taken int, err error) {
+	s := h.lock(id)
+	if s == nil {
+		return meta{}, 0, errGone
+	}
+	defer s.mu.Unlock()
+	return s.meta(), s.taken(), nil
+}
+
+func (s *memorySession) meta() meta { return meta{ID: s.id, Expires: s.expires, Room: s.room} }
+
+func (h *memoryHub) Update(_ context.Context, id sessionID, c change) (m meta, taken int, err error) {
+	s := h.lock(id)
+	if s == nil {
+		return meta{}, 0, errGone
+	}
+	defer s.mu.Unlock()
+	if s.room == nil {
+		return meta{}, 0, errGone
+	}
+	room := c.of(*s.room)
+	s.room = &room
+	return s.meta(), s.taken(), nil
+}
+
+// joinRoom is the part of memoryHub.join for a room, with mu held.
+func (s *memorySession) joinRoom(r joinRequest, m *memorySeat, now time.Time) (v view, wake nudges, err error) {
+	slot := s.claimed(r.resume)
+	if slot != nil {
+		v.resumed, wake, err = slot.resume(s.hub, now)
+	} else {
+		err = s.room.admit(r, len(s.seats))
+	}
+	if err != nil {
+		return v, wake, err
+	}
+	if slot == nil {
+		slot = &memorySlot{name: r.name, displayName: r.displayName, claim: r.claim, lastSeq: s.firstSeq()}
+		s.seats = append(s.seats, slot)
+		wake = s.announce(slot, event{kind: eventJoined, room: s.event(slot)})
+	}
+	m.session, m.slot = s, slot
+	slot.holder, slot.v = m, r.v
+	s.met(now)
+	v.mail = len(slot.mail) > 0
+	v.room = s.view(slot)
+	return v, wake, nil
+}
+
+// claimed returns the slot that is held, or reserved, with this claim, or nil.
+func (s *memorySession) claimed(c claim) *memorySlot {
+	for _, slot := range s.seats {
+		if c != (claim{}) && slot.claim == c {
+			return slot
+		}
+	}
+	return nil
+}
+
+// admit returns why a newcomer may not take a seat of a room where so many are
+// taken.
+func (room *roomMeta) admit(r joinRequest, taken int) error {
+	switch {
+	case room.Password != (passwordHash{}) && room.Password != r.password:
+		return errWrongPassword
+	case room.Locked:
+		return errLocked
+	case taken >= room.Max:
+		return errRoomFull
+	}
+	return nil
+}
+
+func (s *memorySlot) member() member { return member{id: s.name, displayName: s.displayName} }
+
+// host returns the longest-present member, or "".
+func (s *memorySession) host() string {
+	if len(s.seats) == 0 {
+		return ""
+	}
+	return s.seats[0].name
+}
+
+func (s *memorySession) event(slot *memorySlot) *roomEvent {
+	return &roomEvent{member: slot.member(), host: s.host()}
+}
+
+// view returns what slot's holder sees of the room.
+func (s *memorySession) view(slot *memorySlot) *roomView {
+	v := &roomView{self: slot.member(), host: s.host()}
+	for _, other := range s.seats {
+		if other != slot {
+			v.members = append(v.members, other.member())
+		}
+	}
+	return v
+}
+
+// member returns the slot called name, unless that is not's.
+func (s *memorySession) member(name string, not *memorySlot) *memorySlot {
+	for _, slot := range s.seats {
+		if slot.name == name && slot != not {
+			return slot
+		}
+	}
+	return nil
+}
+
+// postAll does the work of Post for everyone else in a room, with mu held.
+func (m *memorySeat) postAll(f frame) (wake nudges, err error) {
+	f.keep() // several will hold the same bytes
+	for _, slot := range m.session.seats {
+		if slot == m.slot {
+			continue
+		}
+		_, n, refused := m.post(slot, f)
+		if refused != nil {
+			err = refused
+			continue
+		}
+		wake = append(wake, n)
+	}
+	return wake, err
+}
+
+// putOut takes the holder, who reads too slowly, out of a slot, and keeps it
+// for their return. The caller holds mu, and tells them.
+func (s *memorySession) putOut(slot *memorySlot) {
+	slot.vacate(s.hub)
+	s.lastLeft = time.Now()
+	s.reserve(slot)
+}
+
+// remove takes a free slot out of the room, with mu held, and returns whom to
+// tell.
+func (s *memorySession) remove(slot *memorySlot) nudges {
+	slot.empty(s.hub, dropPeerLeft)
+	s.seats = slices.DeleteFunc(s.seats, func(other *memorySlot) bool { return other == slot })
+	return s.announce(slot, event{kind: eventLeft, room: s.event(slot)})
 }

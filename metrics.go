@@ -1,8 +1,15 @@
 package main
 
 import (
+	"context"
 	"net/http"
+	"net/http/pprof"
+	"runtime"
+	"runtime/debug"
+	runtimemetrics "runtime/metrics"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -278,4 +285,101 @@ func (m *metrics) refuse(code string) {
 	if c := m.refused[code]; c != nil {
 		c.Inc()
 	}
+}
+
+// memoryLook is the time between two looks at whether memory should be given
+// back.
+const memoryLook = 2 * time.Second
+
+// returnMemory gives memory that a wave of connections has left behind back to
+// the system, until ctx is done. By itself the collector would run again when as
+// much again has been allocated, which idle connections do not do for hours.
+func returnMemory(ctx context.Context) {
+	var last, returned memoryUse
+	every(ctx, memoryLook, func() {
+		now := readMemoryUse()
+		wave, quiet := now.allocatedSince(returned) > now.wave(), now.allocatedSince(last) < now.wave()/8
+		if last = now; wave && quiet {
+			debug.FreeOSMemory()
+			returned = now
+		}
+	})
+}
+
+// memoryUse is what the runtime knows of its heap, in bytes.
+type memoryUse struct {
+	allocated uint64 // ever
+	resident  uint64
+}
+
+func readMemoryUse() memoryUse {
+	samples := []runtimemetrics.Sample{
+		{Name: "/gc/heap/allocs:bytes"},
+		{Name: "/memory/classes/heap/objects:bytes"},
+		{Name: "/memory/classes/heap/unused:bytes"},
+		{Name: "/memory/classes/heap/free:bytes"},
+	}
+	runtimemetrics.Read(samples)
+	u := memoryUse{allocated: samples[0].Value.Uint64()}
+	for _, s := range samples[1:] {
+		u.resident += s.Value.Uint64()
+	}
+	return u
+}
+
+func (u memoryUse) allocatedSince(before memoryUse) uint64 { return u.allocated - before.allocated }
+
+// wave is how much must have been allocated for a collection to be worth it: it
+// costs as one of every eighth of the heap would.
+func (u memoryUse) wave() uint64 { return u.resident/8 + 4<<20 }
+
+// profilesPath is where the listener of METRICS_ADDR has the runtime's profiles
+// (https://go.dev/blog/pprof), which are nowhere else: they tell too much, and
+// cost too much, to be had by anyone.
+const profilesPath = "/debug/pprof/"
+
+// How often locks and waits are noted while a profile of them is taken: each
+// event, and each that blocks for so long.
+const (
+	mutexFraction = 1
+	blockRate     = 10_000 // ns
+)
+
+// withProfiles serves profiles, and everything else by next.
+//
+// There is no cmdline: flags may be secrets. And a page in a browser may ask for
+// none, of whatever origin.
+func withProfiles(next http.Handler) http.Handler {
+	var locks sync.Mutex // held while what a mutex or block profile sets is set
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name, ok := strings.CutPrefix(r.URL.Path, profilesPath)
+		if !ok {
+			next.ServeHTTP(w, r)
+			return
+		}
+		if len(r.Header["Origin"]) > 0 || name == "cmdline" {
+			http.NotFound(w, r)
+			return
+		}
+		switch name {
+		case "profile":
+			pprof.Profile(w, r)
+		case "symbol":
+			pprof.Symbol(w, r)
+		case "trace":
+			pprof.Trace(w, r)
+		case "mutex", "block":
+			// Of these there is something to see only for ?seconds=: noting them
+			// always would slow everyone down.
+			locks.Lock()
+			defer locks.Unlock()
+			runtime.SetMutexProfileFraction(mutexFraction)
+			runtime.SetBlockProfileRate(blockRate)
+			defer runtime.SetMutexProfileFraction(0)
+			defer runtime.SetBlockProfileRate(0)
+			pprof.Index(w, r)
+		default:
+			pprof.Index(w, r)
+		}
+	})
 }
