@@ -1,10 +1,13 @@
 package main
 
 import (
+	"encoding/json"
+	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -14,6 +17,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+
+	"github.com/coder/websocket"
 )
 
 // What the documents list is the code's: the tests here read both, and neither
@@ -548,4 +554,445 @@ func documents(t testing.TB) (files []string) {
 		files = append(files, matches...)
 	}
 	return files
+}
+
+// docFrames returns the example frames of docs/protocol.md in blocks such as
+// "json client pair", one a line.
+func docFrames(t testing.TB, info string) (frames []string) {
+	t.Helper()
+	for _, b := range docBlocks(t, protocolDoc, "json "+info) {
+		for line := range strings.Lines(b.text) {
+			frames = append(frames, strings.TrimSpace(line))
+		}
+	}
+	if len(frames) == 0 {
+		t.Fatalf("%s has no frames in blocks %q", protocolDoc, info)
+	}
+	return frames
+}
+
+// typeOf returns the type of a frame, in which types occur once.
+func typeOf(t testing.TB, text string) string {
+	t.Helper()
+	var f struct{ Type string }
+	if err := json.Unmarshal([]byte(text), &f); err != nil || f.Type == "" {
+		t.Fatalf("%s: type %q, %v", text, f.Type, err)
+	}
+	return f.Type
+}
+
+// shapeOf returns what fields a frame has, and of what kind, down to what is
+// the clients' own. Of a list it is the shapes of its members, each once.
+func shapeOf(t testing.TB, text string) string {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal([]byte(text), &v); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	return shapeOfValue(v)
+}
+
+func shapeOfValue(v any) string {
+	switch v := v.(type) {
+	case map[string]any:
+		var fields []string
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			shape := "any"
+			if name != "payload" && name != "t" {
+				shape = shapeOfValue(v[name])
+			}
+			fields = append(fields, name+":"+shape)
+		}
+		return "{" + strings.Join(fields, " ") + "}"
+	case []any:
+		var members []string
+		for _, member := range v {
+			members = append(members, shapeOfValue(member))
+		}
+		return "[" + strings.Join(slices.Compact(slices.Sorted(slices.Values(members))), " ") + "]"
+	case nil:
+		return "null"
+	default:
+		return fmt.Sprintf("%T", v)
+	}
+}
+
+// The server's frames in docs/protocol.md are such as a server sends, and no type
+// and no field of those is missing there.
+func TestProtocolDocServerFrames(t *testing.T) {
+	for _, kind := range []string{"pair", "room"} {
+		t.Run(kind, func(t *testing.T) {
+			var seen []string
+			synctest.Test(t, func(t *testing.T) {
+				for _, settings := range [][]string{
+					{"ROOMS=open"},
+					{"ROOMS=open", "STUN_URLS=stun:stun.example", "TURN_URLS=turn:turn.example", "TURN_SECRET=secret"},
+				} {
+					ts := newSettledServer(t, settings...)
+					if kind == "pair" {
+						seen = append(seen, ts.pairFrames()...)
+					} else {
+						seen = append(seen, ts.roomFrames()...)
+					}
+				}
+			})
+			compareFrames(t, docFrames(t, "server "+kind), seen, kind == "room")
+		})
+	}
+	types := []string{}
+	for _, text := range slices.Concat(docFrames(t, "server pair"), docFrames(t, "server room"), docFrames(t, "client pair")) {
+		if typ := typeOf(t, text); slices.Contains(serverTypes(t), typ) && !slices.Contains(types, typ) {
+			types = append(types, typ)
+		}
+	}
+	wantSame(t, "types of the server's frames", types, serverTypes(t))
+}
+
+// compareFrames compares the frames of a document with those that were seen.
+func compareFrames(t *testing.T, documented, seen []string, room bool) {
+	t.Helper()
+	shapes, sentences, fields := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	eachField := func(text string, f func(field string)) {
+		var members map[string]any
+		if err := json.Unmarshal([]byte(text), &members); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		for name, value := range members {
+			f(typeOf(t, text) + "." + name)
+			if name == "error" {
+				sentences[fmt.Sprint(members["code"], value)] = true
+			}
+		}
+	}
+	for _, text := range documented {
+		eachField(text, func(field string) { fields[field] = true })
+	}
+	clear(sentences)
+	for _, text := range seen {
+		if !room && slices.Contains(clientTypes(false), typeOf(t, text)) && typeOf(t, text) != "ice_servers" {
+			continue // a client's own, relayed
+		}
+		shapes[shapeOf(t, text)] = true
+		eachField(text, func(field string) {
+			if !fields[field] {
+				t.Errorf("the document has no example of %s, as in %s", field, text)
+				fields[field] = true
+			}
+		})
+	}
+	for _, text := range documented {
+		if !shapes[shapeOf(t, text)] {
+			t.Errorf("the server sends nothing like %s", text)
+		}
+		var e struct{ Type, Code, Error string }
+		if json.Unmarshal([]byte(text), &e); e.Type == "error" && !sentences[e.Code+e.Error] {
+			t.Errorf("the server does not say %s: %s", e.Code, e.Error)
+		}
+	}
+}
+
+// pairFrames drives a pair through all that can happen to it, and returns what
+// both were sent.
+func (ts *testServer) pairFrames() (seen []string) {
+	code, appID := ts.mint()
+	gather := func(clients ...*wsClient) {
+		for _, c := range clients {
+			seen = append(seen, c.settled()...)
+		}
+	}
+	a := ts.join(wsDial{appID: appID, side: "A", sid: "a", v1: true})
+	gather(a)
+	b := ts.join(wsDial{appID: appID, side: "B", sid: "b", v1: true})
+	gather(a, b)
+	for range 2 { // the second contests it
+		ts.post("/rendezvous/redeem", `{"code":"`+code+`"}`)
+	}
+	for _, text := range []string{`{"type":"offer","sdp":""}`, `{"type":"answer","sdp":""}`, `{"type":"ice"}`, `{"type":"sender_ready"}`, `{"type":"bye"}`} {
+		a.send(text)
+	}
+	for _, text := range []string{`{"type":"ping"}`, `{"type":"ping","t":1}`, `{"type":"ice_servers"}`, `{"type":"send","payload":1,"id":1}`, `[]`, `{"type":"chat"}`} {
+		a.send(text)
+	}
+	gather(a, b)
+	b.drop() // comes back, first as another version, then as it was
+	gather(a)
+	b = ts.join(wsDial{appID: appID, side: "B", sid: "b"})
+	gather(a, b)
+	b.leave(websocket.StatusNormalClosure)
+	gather(a)
+	b = ts.join(wsDial{appID: appID, side: "B", sid: "b", v1: true})
+	b.drop()
+	for id := 2; id <= mailItems+2; id++ {
+		a.sendf(`{"type":"send","payload":1,"id":%d}`, id)
+	}
+	gather(a)
+	a.drop()
+	a = ts.join(wsDial{appID: appID, side: "A", sid: "a", v1: true})
+	gather(a)
+	b = ts.join(wsDial{appID: appID, side: "B", sid: "b", v1: true})
+	a.drop()
+	a = ts.join(wsDial{appID: appID, side: "A", sid: "a", v1: true})
+	gather(a, b)
+	ts.useUpRelay()
+	a.send(`{"type":"ice_servers"}`)
+	gather(a)
+	b.drop()
+	a.drop()
+	a = ts.join(wsDial{appID: appID, side: "A", sid: "a", v1: true})
+	gather(a)
+	return seen
+}
+
+// roomFrames does the same in a room.
+func (ts *testServer) roomFrames() (seen []string) {
+	room := ts.openRoom(`{}`)
+	gather := func(clients ...*wsClient) {
+		for _, c := range clients {
+			seen = append(seen, c.settled()...)
+		}
+	}
+	host := ts.join(wsDial{room: room.Code, name: "Ada"})
+	gather(host)
+	guest := ts.join(wsDial{room: room.Code, name: "Bob"})
+	gather(host, guest)
+	for _, typ := range []string{"offer", "answer"} {
+		guest.sendf(`{"type":%q,"to":%q,"payload":1}`, typ, ts.hostOf(room))
+	}
+	for _, text := range []string{`{"type":"candidate","payload":1}`, `{"type":"ping","t":1}`, `{"type":"offer","to":"nobody","payload":1}`} {
+		guest.send(text)
+	}
+	guest.send(`{"type":"ice_servers"}`)
+	gather(guest)
+	ts.useUpRelay()
+	guest.send(`{"type":"ice_servers"}`)
+	gather(host, guest)
+	third := ts.join(wsDial{room: room.Code, name: "Cid"})
+	gather(host, third)
+	host.leave(websocket.StatusNormalClosure)
+	gather(guest)
+	return seen
+}
+
+// hostOf returns the host's ID, by looking through the eyes of a newcomer that
+// leaves again.
+func (ts *testServer) hostOf(room testRoom) string {
+	ts.t.Helper()
+	c := ts.join(wsDial{room: room.Code, name: "Eve"})
+	defer c.leave(websocket.StatusNormalClosure)
+	var join struct{ Host string }
+	if err := json.Unmarshal([]byte(c.settled()[0]), &join); err != nil {
+		ts.t.Fatal(err)
+	}
+	return join.Host
+}
+
+var (
+	seqField = regexp.MustCompile(`"(deliveredUpTo|upTo|seq)":\d+`)
+	toPeer   = regexp.MustCompile(`"to":"[0-9a-f-]{36}"`)
+)
+
+// The clients' frames in docs/protocol.md are accepted by a server, have no field
+// that it ignores, and are of every type.
+func TestProtocolDocClientFrames(t *testing.T) {
+	decoder := newFrameDecoderPool().Get().(*frameDecoder)
+	check := func(t *testing.T, room bool, frames []string) {
+		var types []string
+		for _, text := range frames {
+			m, err := decoder.decode([]byte(text))
+			if err != nil {
+				t.Errorf("%s: %v", text, err)
+			}
+			if types = append(types, m.typ.String()); m.typ.relayed() && !room {
+				continue
+			}
+			var fields map[string]any
+			json.Unmarshal([]byte(text), &fields)
+			for name := range fields {
+				if m.raw.member([]byte(name)) == nil {
+					t.Errorf("%s: the server ignores %q", text, name)
+				}
+			}
+		}
+		wantSame(t, "types of clients' frames", slices.Compact(slices.Sorted(slices.Values(types))), clientTypes(room))
+	}
+	accepted := func(t *testing.T, c *wsClient, text string) {
+		t.Helper()
+		c.send(text)
+		for _, got := range c.settled() {
+			if typeOf(t, got) == "error" {
+				t.Errorf("%s: %s", text, got)
+			}
+		}
+	}
+	t.Run("pair", func(t *testing.T) {
+		frames := docFrames(t, "client pair")
+		check(t, false, frames)
+		synctest.Test(t, func(t *testing.T) {
+			ts := newSettledServer(t)
+			a, b := ts.pair()
+			b.send(`{"type":"send","payload":1}`)
+			var mail struct{ Seq uint64 }
+			if err := json.Unmarshal([]byte(a.settled()[0]), &mail); err != nil || mail.Seq == 0 {
+				t.Fatal(mail, err)
+			}
+			for _, text := range frames {
+				accepted(t, a, seqField.ReplaceAllString(text, fmt.Sprintf(`"$1":%d`, mail.Seq)))
+			}
+		})
+	})
+	t.Run("room", func(t *testing.T) {
+		frames := docFrames(t, "client room")
+		check(t, true, frames)
+		synctest.Test(t, func(t *testing.T) {
+			ts := newSettledServer(t, "ROOMS=open")
+			room := ts.openRoom(`{}`)
+			ts.join(wsDial{room: room.Code})
+			guest := ts.join(wsDial{room: room.Code})
+			host := ts.hostOf(room)
+			guest.settled()
+			for _, text := range frames {
+				accepted(t, guest, toPeer.ReplaceAllString(text, `"to":"`+host+`"`))
+			}
+		})
+	})
+}
+
+var updateDocs = flag.Bool("update", false, "rewrite the reference's table of options and the README's figures")
+
+const (
+	readme    = "README.md"
+	reference = "docs/reference.md"
+)
+
+// The reference's table of options is the code's: `go test -run TestReference
+// -update .` makes it so.
+func TestReferenceConfigTable(t *testing.T) {
+	const begin, end = "<!-- config table: begin -->\n", "<!-- config table: end -->"
+	text, err := os.ReadFile(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, hasBegin := strings.Cut(string(text), begin)
+	table, after, hasEnd := strings.Cut(rest, end)
+	if !hasBegin || !hasEnd {
+		t.Fatalf("%s has no lines %q and %q", reference, strings.TrimSpace(begin), end)
+	}
+	want := configTable()
+	if strings.TrimSpace(table) == strings.TrimSpace(want) {
+		return
+	}
+	if *updateDocs {
+		if err := os.WriteFile(reference, []byte(before+begin+"\n"+want+"\n"+end+after), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	wantRows, gotRows := strings.Split(strings.TrimSpace(want), "\n"), strings.Split(strings.TrimSpace(table), "\n")
+	for i := range max(len(wantRows), len(gotRows)) {
+		row := func(rows []string) string {
+			if i < len(rows) {
+				return rows[i]
+			}
+			return "(nothing)"
+		}
+		if row(gotRows) != row(wantRows) {
+			t.Fatalf("row %d of the table in %s is\n\t%s\nwant\n\t%s\nrun this test with -update to rewrite the table", i+1, reference, row(gotRows), row(wantRows))
+		}
+	}
+}
+
+func TestReferenceEndpoints(t *testing.T) {
+	var documented []string
+	for _, row := range docTable(t, reference, "endpoints") {
+		for _, call := range wordsOf(row[0]) {
+			call, _, _ = strings.Cut(call, "?")
+			documented = append(documented, withoutNames(call))
+		}
+	}
+	wantSame(t, "endpoints", documented, codeRoutes(t))
+}
+
+// A code stands in the row of its status, or, when it is told by close frames
+// alone, in the last.
+func TestReferenceErrorCodes(t *testing.T) {
+	inCode := codeErrors(t)
+	var documented []string
+	for _, row := range docTable(t, reference, "error codes") {
+		for _, code := range wordsOf(row[1]) {
+			documented = append(documented, code)
+			e := inCode[code]
+			if byClose := !strings.Contains(row[0], strconv.Itoa(e.status)); byClose && (e.close == 0 || strings.ContainsAny(row[0], "0123456789")) {
+				t.Errorf("%s stands beside %s, and has the status %d", code, row[0], e.status)
+			}
+		}
+	}
+	wantSame(t, "error codes", documented, slices.Collect(maps.Keys(inCode)))
+}
+
+func TestReferenceFrames(t *testing.T) {
+	for _, room := range []bool{false, true} {
+		var documented []string
+		for _, row := range docTable(t, reference, "client frames") {
+			if where := map[bool]string{false: "pair", true: "room"}[room]; strings.Contains(row[1], where) {
+				documented = append(documented, wordsOf(row[0])...)
+			}
+		}
+		wantSame(t, "types of clients' frames", documented, clientTypes(room))
+	}
+	var documented []string
+	for _, row := range docTable(t, reference, "server frames") {
+		documented = append(documented, wordsOf(row[0])...)
+	}
+	wantSame(t, "types of the server's frames", documented, serverTypes(t))
+}
+
+func TestReferenceFrameErrors(t *testing.T) {
+	documented := wordsOf(docPart(t, reference, "frame errors"))
+	wantSame(t, "codes of error frames", documented, slices.Compact(slices.Sorted(slices.Values(codeFrameErrors(t)))))
+}
+
+func TestReferenceCloseCodes(t *testing.T) {
+	var documented, inCode []string
+	for _, row := range docTable(t, reference, "close codes") {
+		documented = append(documented, strings.Split(row[0], ", ")...)
+	}
+	for _, code := range codeCloseCodes(t) {
+		inCode = append(inCode, strconv.Itoa(code))
+	}
+	wantSame(t, "close codes", documented, inCode)
+}
+
+// The README's figures are lines of the table in docs/performance.md:
+// `go test -run TestReadmeFigures -update .` takes them from there.
+func TestReadmeFigures(t *testing.T) {
+	figures := docPart(t, readme, "figures")
+	updated := figures
+	head, rows, _ := strings.Cut(strings.TrimSpace(figures), "\n")
+	_, table, found := strings.Cut(readDoc(t, "docs/performance.md"), head+"\n")
+	if !found {
+		t.Fatalf("docs/performance.md has no table with the head %s", head)
+	}
+	table, _, _ = strings.Cut(table, "\n\n")
+	measured := make(map[string]string) // by what stands in front
+	for line := range strings.Lines(table) {
+		label, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		measured[label] = strings.TrimSpace(line)
+	}
+	for line := range strings.Lines(rows) {
+		line = strings.TrimSpace(line)
+		label, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		if want := measured[label]; want == "" {
+			t.Errorf("docs/performance.md has no figures for%s", label)
+		} else if want != line && *updateDocs {
+			updated = strings.Replace(updated, line, want, 1)
+		} else if want != line {
+			t.Errorf("the README has\n\t%s\nand docs/performance.md\n\t%s\nrun this test with -update to take them over", line, want)
+		}
+	}
+	if updated != figures {
+		text := strings.Replace(readDoc(t, readme), figures, updated, 1)
+		if err := os.WriteFile(readme, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
