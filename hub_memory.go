@@ -55,6 +55,10 @@ type memoryHub struct {
 	codes  roomCodes
 
 	sessions, rooms atomic.Int64 // how many there are
+
+	// lastSeq is the highest seq of the sessions that have ended. It is ahead of the
+	// clock where mail came faster than one a millisecond.
+	lastSeq atomic.Uint64
 }
 
 type memoryShard struct {
@@ -77,12 +81,14 @@ func (h *memoryHub) shard(id sessionID) *memoryShard {
 // A memorySession is one session: a pair, or a room.
 type memorySession struct {
 	// static after construction
-	hub     *memoryHub
-	id      sessionID
-	created time.Time
-	owner   network // to whom it counts; not valid for a pair that has a code
-	expires time.Time
-	pair    [2]*memorySlot // where the seats of a pair are
+	hub *memoryHub
+	id  sessionID
+	// firstSeq is what the seqs of the session's mailboxes follow, so that a
+	// watermark of an earlier life trims nothing.
+	firstSeq uint64
+	owner    network // to whom it counts; not valid for a pair that has a code
+	expires  time.Time
+	pair     [2]*memorySlot // where the seats of a pair are
 
 	mu sync.Mutex
 	// guarded by mu
@@ -224,7 +230,7 @@ func (sh *memoryShard) open(h *memoryHub, m meta, owner network) (*memorySession
 		return nil, errCapacity
 	}
 	now := time.Now()
-	s := &memorySession{hub: h, id: m.ID, created: now, owner: owner, expires: m.Expires, lastLeft: now, room: m.Room}
+	s := &memorySession{hub: h, id: m.ID, firstSeq: max(seqAt(now), h.lastSeq.Load()), owner: owner, expires: m.Expires, lastLeft: now, room: m.Room}
 	if m.Room == nil {
 		s.seats = s.pair[:]
 	} else {
@@ -345,6 +351,7 @@ func (sh *memoryShard) end(s *memorySession, why error) (out nudges) {
 		}
 		slot.stopAway()
 		slot.empty(h, dropExpired)
+		h.raiseSeq(slot.lastSeq)
 	}
 	clear(s.seats)
 	return out
@@ -374,9 +381,14 @@ func seatIndex(name string) int {
 	return -1
 }
 
-// firstSeq is what the seqs of the session's mailboxes follow, so that a watermark
-// of an earlier life trims nothing.
-func (s *memorySession) firstSeq() uint64 { return seqAt(s.created) }
+// raiseSeq has the sessions to come begin behind seq.
+func (h *memoryHub) raiseSeq(seq uint64) {
+	for last := h.lastSeq.Load(); seq > last; last = h.lastSeq.Load() {
+		if h.lastSeq.CompareAndSwap(last, seq) {
+			return
+		}
+	}
+}
 
 // seqAt is the least seq that mail gets at a time: the milliseconds since 2025. A
 // clock that is before that knows no better.
@@ -387,7 +399,7 @@ func seqEpoch() time.Time { return time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC) }
 // slot returns a pair's slot at index i, created if need be. The caller holds mu.
 func (s *memorySession) slot(i int) *memorySlot {
 	if s.seats[i] == nil {
-		s.seats[i] = &memorySlot{name: string(rune('A' + i)), lastSeq: s.firstSeq()}
+		s.seats[i] = &memorySlot{name: string(rune('A' + i)), lastSeq: s.firstSeq}
 	}
 	return s.seats[i]
 }
@@ -721,7 +733,7 @@ func (s *memorySession) free(slot *memorySlot) (wake nudges) {
 // session whose code still lives is small.
 func (s *memorySession) forget(i int) {
 	slot := s.seats[i]
-	if slot != nil && slot.state() == absent && slot.queue.len() == 0 && slot.lastSeq == s.firstSeq() {
+	if slot != nil && slot.state() == absent && slot.queue.len() == 0 && slot.lastSeq == s.firstSeq {
 		s.seats[i] = nil
 	}
 }
@@ -805,7 +817,7 @@ func (s *memorySession) joinRoom(r joinRequest, m *memorySeat, now time.Time) (v
 		return v, wake, err
 	}
 	if slot == nil {
-		slot = &memorySlot{name: r.name, displayName: r.displayName, claim: r.claim, lastSeq: s.firstSeq()}
+		slot = &memorySlot{name: r.name, displayName: r.displayName, claim: r.claim, lastSeq: s.firstSeq}
 		s.seats = append(s.seats, slot)
 		wake = s.announce(slot, event{kind: eventJoined, room: s.event(slot)})
 	}

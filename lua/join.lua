@@ -19,7 +19,7 @@ if not s then
   s = session(id)
   s.whole = true
   set(s, 'k', 'p')
-  set(s, 'C', now())
+  begin(s)
   set(s, 'L', now())
   set(s, 'X', 0)
   if counts == '1' then set(s, 'W', ME) end

@@ -16,7 +16,7 @@ if MAX_SESSIONS > 0 and call('ZCARD', SESSIONS) >= MAX_SESSIONS then return repl
 s = session(id)
 s.whole = true
 set(s, 'k', code and 'r' or 'p')
-set(s, 'C', now())
+begin(s)
 set(s, 'L', now())
 set(s, 'X', ARGV[2])
 set(s, 'I', ARGV[4])

@@ -118,7 +118,7 @@ local function mail(name)
   local ever = num(s, name .. ':T') + size
   -- As far as the clock is: after a crash in which Redis has lost the latest
   -- seqs, those who have them would take new mail for old.
-  seq = math.max(lastSeq(s, name) + 1, math.floor(now() / 1000) - EPOCH_MS)
+  seq = math.max(lastSeq(s, name) + 1, clockSeq())
   local first = call('EXISTS', box) == 0
   call('XADD', box, str(seq) .. '-0', 'f', from, 'i', id, 't', str(ever), 'd', data)
   if first then call('PEXPIRE', box, math.max(call('PTTL', s.key), 1)) end

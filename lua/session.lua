@@ -10,7 +10,8 @@
 --   k  p of a pair, r of a room      C  created     X  when its code, or the
 --   L  when the last one left        B  when two        room, expires; 0: never
 --   O  outcomes reported                were first  W  the instance whose quota
---                                       connected      it counts to
+--   F  what its seqs follow, where      connected      it counts to
+--      that is ahead of C
 -- of a room: n code, l locked, x seats, p password, I all else, M its members
 -- and of each seat, after its name and a colon:
 --   h  holder, "instance:number"     c  claim       v  protocol version
@@ -25,6 +26,7 @@
 local call = redis.call
 local ME = ARGV[1] -- the instance that asks
 local SESSIONS, ROOMS, AWAY, QUEUED = 'parley:sessions', 'parley:rooms', 'parley:away', 'parley:queued'
+local LAST_SEQ = 'parley:seq' -- the highest seq of ended sessions, while it is ahead of the clock
 local MARGIN = 1000000 -- keys outlive what they hold by this much
 local KEEP = RESUME_TTL + SESSION_TTL + 8 * LEASE -- how long a pair outlives the last look at it
 
@@ -351,15 +353,28 @@ local function overfull(s, name, by)
   return true
 end
 
+-- raiseSeq has the sessions to come begin behind seq.
+local function raiseSeq(seq)
+  if seq <= tonumber(call('GET', LAST_SEQ) or 0) then return end
+  call('SET', LAST_SEQ, str(seq))
+  expire(LAST_SEQ, (seq + EPOCH_MS) * 1000 - now())
+end
+
+-- clockSeq is the least seq that mail gets now.
+local function clockSeq() return math.max(math.floor(now() / 1000) - EPOCH_MS, 0) end
+
 -- finish ends a session; whoever is connected is told why.
 local function finish(s, why)
+  local last = 0
   for _, name in ipairs(names(s)) do
     local h = holder(s, name)
     if h then wake(h, why) end
     unseat(s, name)
     unreserve(s, name)
     empty(s, name, 'session_expired')
+    last = math.max(last, tonumber(get(s, name .. ':s')) or 0)
   end
+  if last > clockSeq() then raiseSeq(last) end
   commitBytes(s)
   if isRoom(s) then
     call('SREM', ROOMS, s.id)
@@ -438,7 +453,14 @@ local function leave(s, name, forGood)
   end
 end
 
--- firstSeq is what the seqs of the session's mailboxes follow.
+-- begin notes when a session was created, and what the seqs of its mailboxes follow.
+local function begin(s)
+  set(s, 'C', now())
+  local last = tonumber(call('GET', LAST_SEQ) or 0)
+  if last > clockSeq() then set(s, 'F', str(last)) end
+end
+
+-- lastSeq returns the last seq of a mailbox, or what its first will follow.
 local function lastSeq(s, name)
-  return tonumber(get(s, name .. ':s')) or math.max(math.floor(num(s, 'C') / 1000) - EPOCH_MS, 0)
+  return tonumber(get(s, name .. ':s') or get(s, 'F')) or math.max(math.floor(num(s, 'C') / 1000) - EPOCH_MS, 0)
 end
