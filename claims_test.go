@@ -185,7 +185,7 @@ func TestWelcome(t *testing.T) {
 				if !reflect.DeepEqual(m, members(t, welcome(side, "away", ""))) {
 					t.Errorf("received %s", got[0])
 				}
-				time.Sleep(60 * time.Second)
+				pass(60 * time.Second)
 				c.wantJSON(peerLeftText)
 				c.end(dropped)
 				c = ts.join(me)
@@ -268,14 +268,14 @@ func TestStaleRelay(t *testing.T) {
 			a = ts.join(claimed)
 			a.send(`{"type":"offer","n":4}`)
 			a.end(dropped)
-			time.Sleep(50 * time.Second)
+			pass(50 * time.Second)
 			b = ts.join(wsDial{appID: id, side: "B", sid: "b"}) // in time for the offer
 			b.want(`{"type":"offer","n":4}`)
 			b.end(dropped)
 			a = ts.join(claimed)
 			a.send(`{"type":"offer","n":5}`)
 			a.end(dropped)
-			time.Sleep(60 * time.Second)
+			pass(60 * time.Second)
 			b = ts.join(wsDial{appID: id, side: "B", sid: "b"}) // too late
 			b.want()
 			b.hello(0)
@@ -415,7 +415,7 @@ func TestPresenceThatWasNotReadIsForgotten(t *testing.T) {
 			b.send(`{"type":"offer"}`)
 			b.end(websocket.StatusGoingAway)
 			if stalled { // the server gives up on the old connection
-				time.Sleep(15 * time.Second)
+				pass(15 * time.Second)
 			}
 			checkInvariants(t, ts)
 			got := ts.join(me).settled()
@@ -466,10 +466,10 @@ func TestBusySeat(t *testing.T) {
 				for _, sid := range []string{"", "another"} {
 					ts.join(wsDial{appID: id, side: side, sid: sid}).wantEnd(closeBusy, "side "+side+" busy")
 				}
-				time.Sleep(59999 * time.Millisecond)
+				pass(59999 * time.Millisecond)
 				ts.join(wsDial{appID: id, side: side, sid: "another"}).wantEnd(closeBusy, "side "+side+" busy")
 				other.wantJSON(peerAwayText)
-				time.Sleep(time.Millisecond)
+				pass(time.Millisecond)
 				other.wantJSON(peerLeftText)
 				ts.join(wsDial{appID: id, side: side, sid: "another"})
 				other.wantJSON(joinedOld, roomFullText)
@@ -737,7 +737,7 @@ func TestReservationOutlivesTheOther(t *testing.T) {
 		a = ts.join(claimed)
 		a.wantJSON(welcome("A", "absent", ""))
 		a.end(dropped)
-		time.Sleep(59 * time.Second)
+		pass(59 * time.Second)
 		ts.join(wsDial{appID: id, side: "A", sid: "another"}).wantEnd(closeBusy, "side A busy")
 		time.Sleep(time.Second)
 		ts.join(wsDial{appID: id, side: "A", sid: "another"}).want()
@@ -755,7 +755,7 @@ func TestDeadNetwork(t *testing.T) {
 			b, w := ts.joinOnWire(wsDial{appID: id, side: "B", sid: sid})
 			b.want(frameRoomFull)
 			a.take()
-			time.Sleep(30 * time.Second)
+			pass(30 * time.Second)
 			w.cut()
 			time.Sleep(9 * time.Second)
 			a.want()
@@ -834,7 +834,7 @@ func TestTooManyTakeovers(t *testing.T) {
 			holder.want(`{"type":"answer"}`)
 		}
 		for range 6 {
-			time.Sleep(time.Second)
+			pass(time.Second)
 			next := ts.join(claimed)
 			holder.wantEnd(closeReplaced, "taken_over")
 			holder = next
@@ -851,7 +851,7 @@ func TestTooManyTakeovers(t *testing.T) {
 			works()
 		}
 		// 10 s after the first of them there is room for one, and one only.
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		next := ts.join(claimed)
 		holder.wantEnd(closeReplaced, "taken_over")
 		holder = next
@@ -960,7 +960,7 @@ func TestCodeContested(t *testing.T) {
 		redeem(http.StatusGone)
 		a.want(frameCodeContested)
 		b.settled()
-		time.Sleep(10 * time.Minute)
+		pass(10 * time.Minute)
 		redeem(http.StatusGone) // it has expired: nothing to contest
 		a.want()
 	})
@@ -1175,10 +1175,10 @@ func TestOldClientSeesOnlyWhatItKnows(t *testing.T) {
 		}
 		b = ts.join(claimed)
 		b.end(websocket.StatusGoingAway)
-		time.Sleep(2 * time.Minute)
+		pass(2 * time.Minute)
 		_, wire := ts.joinOnWire(claimed)
 		wire.cut()
-		time.Sleep(5 * time.Minute)
+		pass(5 * time.Minute)
 		ts.join(wsDial{appID: id, side: "B", sid: "other", v1: true}).mail(1, "4")
 		ts.join(wsDial{appID: id, side: "B", v1: true}) // busy
 		// So does A.

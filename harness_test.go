@@ -91,6 +91,13 @@ func checkInvariants(t testing.TB, ts *testServer) {
 	}
 }
 
+// pass lets time go by in a bubble, and then all that was due at that very instant
+// happen: without that, a timer of the server's may still be behind the test.
+func pass(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
 // lookupIn looks variables up in settings of the form NAME=value.
 func lookupIn(settings []string) func(string) (string, bool) {
 	return func(name string) (string, bool) {

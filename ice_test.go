@@ -73,7 +73,7 @@ func TestTURNCredentialConvention(t *testing.T) {
 		if forged := "9" + s.Username[1:]; accepted(forged) {
 			t.Error("a later expiry goes with the same password")
 		}
-		time.Sleep(time.Minute + time.Second)
+		pass(time.Minute + time.Second)
 		if accepted(s.Username) {
 			t.Error("accepted after it has expired")
 		}
@@ -171,7 +171,7 @@ func TestGetICEServersErrors(t *testing.T) {
 		if a := ts.call(http.MethodPost, "/ice-servers?appID="+appID, ""); a.status != http.StatusMethodNotAllowed {
 			t.Errorf("POST: %d", a.status)
 		}
-		time.Sleep(ts.cfg.roomTTL)
+		pass(ts.cfg.roomTTL)
 		if a := ts.call(http.MethodGet, "/ice-servers?appID="+appID, ""); a.status != http.StatusNotFound {
 			t.Errorf("after the session: %d %s", a.status, a.text)
 		}
@@ -182,7 +182,7 @@ func TestGetICEServersErrors(t *testing.T) {
 // than those of before have all that 127.0.0.1 may.
 func (ts *testServer) useUpRelay() {
 	ts.t.Helper()
-	time.Sleep(ts.cfg.turnTTL)
+	pass(ts.cfg.turnTTL)
 	for range maxRelayedSessions {
 		ts.mint()
 	}
@@ -239,7 +239,7 @@ func TestTURNThrottled(t *testing.T) {
 		_, first := ts.mint()
 		for i := 2; i <= maxRelayedSessions; i++ {
 			if i == 20 {
-				time.Sleep(time.Minute)
+				pass(time.Minute)
 			}
 			if text := ts.post("/rendezvous/code", "").text; len(ts.iceServers(text)) != 2 || strings.Contains(text, "throttled") {
 				t.Fatalf("session %d: %s", i, text)
@@ -284,7 +284,7 @@ func TestTURNThrottled(t *testing.T) {
 			ts.http.CloseIdleConnections()
 		}
 		ts.http = ts.clientFrom("127.0.0.1")
-		time.Sleep(9 * time.Minute) // of the first 19 all but the one that asked again are over
+		pass(9 * time.Minute) // of the first 19 all but the one that asked again are over
 		if n := sessions(); n != 18 {
 			t.Errorf("%d sessions have room after 18 are over", n)
 		}
@@ -330,7 +330,7 @@ func TestTURNRefresh(t *testing.T) {
 		_, appID := ts.mint()
 		a := ts.join(wsDial{appID: appID, side: "A", v1: true})
 		first := ts.iceServers(a.settled()[0])[0]
-		time.Sleep(2 * time.Minute)
+		pass(2 * time.Minute)
 		a.send(`{"type":"ice_servers"}`)
 		next := ts.iceServers(a.settled()[0])[0]
 		if expires, _, _ := strings.Cut(next.Username, ":"); next.Username == first.Username || expires != fmt.Sprint(time.Now().Add(time.Minute).Unix()) {

@@ -238,17 +238,17 @@ func optionTests() map[string]func(*testing.T) {
 			if got := c.settled(); len(got) != 1 {
 				t.Errorf("received %q", got)
 			}
-			time.Sleep(time.Second + janitorEvery)
+			pass(time.Second + janitorEvery)
 			c.wantClosed(closeUnknown, "room_not_found")
 		}),
 		"ROOM_EMPTY_TTL": bubbled(func(t *testing.T) {
 			ts := newTestServer(t, "ROOMS=open", "ROOM_EMPTY_TTL=30s")
 			r := ts.openRoom("")
-			time.Sleep(29 * time.Second)
+			pass(29 * time.Second)
 			ts.join(wsDial{room: r.Code}).leave(websocket.StatusNormalClosure)
-			time.Sleep(29 * time.Second)
+			pass(29 * time.Second)
 			status(t, "before", ts.call(http.MethodGet, "/api/rooms/"+r.Code, ""), http.StatusOK, "")
-			time.Sleep(2 * time.Second)
+			pass(2 * time.Second)
 			status(t, "after", ts.call(http.MethodGet, "/api/rooms/"+r.Code, ""), http.StatusNotFound, "room_not_found")
 		}),
 		"MINT_AUTH": bubbled(func(t *testing.T) {
@@ -344,9 +344,9 @@ func optionTests() map[string]func(*testing.T) {
 				t.Errorf("a new code expires in %v", left)
 			}
 			late, _ := ts.mint()
-			time.Sleep(3*time.Minute - time.Second)
+			pass(3*time.Minute - time.Second)
 			status(t, "just in time", ts.post("/rendezvous/redeem", `{"code":"`+a.Code+`"}`), http.StatusOK, "")
-			time.Sleep(time.Second)
+			pass(time.Second)
 			status(t, "too late", ts.post("/rendezvous/redeem", `{"code":"`+late+`"}`), http.StatusGone, "gone")
 		}),
 		"CODE_DIGITS": bubbled(func(t *testing.T) {
@@ -378,7 +378,7 @@ func optionTests() map[string]func(*testing.T) {
 				a.send(`{"type":"send","payload":"hello"}`)
 				synctest.Wait()
 				a.leave(1000)
-				time.Sleep(after)
+				pass(after)
 				b := ts.join(wsDial{appID: id, side: "B"})
 				b.send(`{"type":"hello"}`)
 				return len(b.settled())
@@ -465,13 +465,13 @@ func optionTests() map[string]func(*testing.T) {
 			}
 			status(t, "beyond it", mintFrom(ts), http.StatusTooManyRequests, "rate_limited")
 			status(t, "health", ts.call(http.MethodGet, "/healthz", ""), http.StatusOK, "")
-			time.Sleep(10 * time.Second)
+			pass(10 * time.Second)
 			status(t, "one later", mintFrom(ts), http.StatusOK, "")
 		}),
 		"WS_RATE_PER_MIN": bubbled(func(t *testing.T) {
 			ts := newTestServer(t, "WS_RATE_PER_MIN=3", "APP_IDS=any")
 			refusedAfter(t, ts, 3, http.StatusTooManyRequests, "rate_limited")
-			time.Sleep(20 * time.Second)
+			pass(20 * time.Second)
 			refusedAfter(t, ts, 1, http.StatusTooManyRequests, "rate_limited")
 		}),
 		"WS_FRAMES_PER_SEC": bubbled(func(t *testing.T) {
@@ -480,7 +480,7 @@ func optionTests() map[string]func(*testing.T) {
 			for range 3 {
 				a.write(t, bytes.Repeat(textFrame(`{"type":"ice"}`), 5))
 				b.want(t, `{"type":"ice"}`, `{"type":"ice"}`, `{"type":"ice"}`, `{"type":"ice"}`, `{"type":"ice"}`)
-				time.Sleep(time.Second)
+				pass(time.Second)
 			}
 			a.write(t, bytes.Repeat(textFrame(`{"type":"ice"}`), 6))
 			if code := a.closed(); code != closeTooMany {
@@ -515,7 +515,7 @@ func optionTests() map[string]func(*testing.T) {
 			ts.mint()
 			ts.mint()
 			status(t, "one more", mintFrom(ts), http.StatusTooManyRequests, "too_many_codes")
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 			ts.mint()
 		}),
 		"MAX_SESSIONS": bubbled(func(t *testing.T) {
@@ -524,7 +524,7 @@ func optionTests() map[string]func(*testing.T) {
 			ts.mint()
 			refusedAfter(t, ts, 1, http.StatusServiceUnavailable, "at_capacity")
 			status(t, "a code", mintFrom(ts), http.StatusServiceUnavailable, "at_capacity")
-			time.Sleep(time.Minute + 15*time.Second)
+			pass(time.Minute + 15*time.Second)
 			ts.mint()
 		}),
 		"MAX_QUEUED_BYTES": bubbled(func(t *testing.T) {

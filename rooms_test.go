@@ -291,7 +291,7 @@ func TestRoomGet(t *testing.T) {
 		ts := newSettledServer(t, "ROOMS=open", "RESUME_TTL=30s")
 		created := time.Now()
 		r := ts.openRoom(`{"ttl":3600,"maxPlayers":3,"password":"sesame"}`)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		text := func(players int) string {
 			const format = "2006-01-02T15:04:05.000Z"
 			return fmt.Sprintf(`{"id":"%s","code":"%s","creatorId":"","createdAt":"%s","expiresAt":"%s","maxPlayers":3,"playerCount":%d,"hasPassword":true,"locked":false}`+"\n",
@@ -345,22 +345,22 @@ func TestRoomNotFound(t *testing.T) {
 		notFound(roomNobody, pair, testApp, "ABCDEF", "abcdef", "I0I0I0", "ABC", "ABCDEFG", "x-y", deleted.RoomID, deleted.Code)
 
 		// At its end a room is gone, though the janitor may not have been here.
-		time.Sleep(10*time.Second - time.Millisecond)
+		pass(10*time.Second - time.Millisecond)
 		roomGet(ts, short.Code)
-		time.Sleep(time.Millisecond)
+		pass(time.Millisecond)
 		notFound(short.RoomID, short.Code)
-		time.Sleep(janitorEvery)
+		pass(janitorEvery)
 		held.wantEnd(closeUnknown, "room_not_found")
 
 		// So is one to which nobody came, or from which everyone has gone.
-		time.Sleep(5*time.Minute - 10*time.Second - janitorEvery - time.Second)
+		pass(5*time.Minute - 10*time.Second - janitorEvery - time.Second)
 		roomJoin(ts, wsDial{room: left.Code}).end(websocket.StatusNormalClosure)
 		roomGet(ts, empty.Code)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		notFound(empty.RoomID, empty.Code)
-		time.Sleep(5*time.Minute - time.Second - time.Millisecond)
+		pass(5*time.Minute - time.Second - time.Millisecond)
 		roomGet(ts, left.Code)
-		time.Sleep(time.Millisecond)
+		pass(time.Millisecond)
 		notFound(left.RoomID, left.Code)
 		if n := len(ts.call(http.MethodGet, "/api/rooms/"+pair, "").header["Retry-After"]); n != 0 {
 			t.Error("a 404 says to try again")
@@ -375,7 +375,7 @@ func TestRoomWithTheAwayIsNotEmpty(t *testing.T) {
 		ts := newSettledServer(t, "ROOMS=open", "ROOM_EMPTY_TTL=10s", "RESUME_TTL=1m")
 		r := ts.openRoom("")
 		roomJoin(ts, wsDial{room: r.RoomID}).end(dropped)
-		time.Sleep(70*time.Second - time.Millisecond)
+		pass(70*time.Second - time.Millisecond)
 		roomGet(ts, r.RoomID)
 		time.Sleep(time.Millisecond)
 		ts.call(http.MethodGet, "/api/rooms/"+r.RoomID, "").want(t, http.StatusNotFound, "room_not_found", "")
@@ -534,7 +534,7 @@ func TestRoomDelete(t *testing.T) {
 		if elsewhere.ended() {
 			t.Error("another room ended with it")
 		}
-		time.Sleep(2 * time.Minute) // the reservation is over
+		pass(2 * time.Minute) // the reservation is over
 		wantSeries(t, ts, map[string]float64{"parley_rooms_active": 1, `parley_ws_closes_total{code="4510"}`: 2})
 	})
 }
@@ -599,7 +599,7 @@ func TestRoomLimits(t *testing.T) {
 		ts.call(http.MethodDelete, "/api/rooms/"+second.RoomID, "", owned(second)).want(t, http.StatusOK, "", "")
 		second = ts.openRoom("")
 		ts.call(http.MethodPost, "/api/rooms", "").want(t, http.StatusTooManyRequests, "too_many_codes", "as many")
-		time.Sleep(time.Minute + janitorEvery) // the first has ended
+		pass(time.Minute + janitorEvery) // the first has ended
 		ts.openRoom("")
 		ts.call(http.MethodPost, "/api/rooms", "").want(t, http.StatusTooManyRequests, "too_many_codes", "as many")
 	})
@@ -625,7 +625,7 @@ func TestRoomRates(t *testing.T) {
 			`parley_rate_limited_total{route="rooms"}`: 4, `parley_rate_limited_total{route="signal"}`: 2,
 			`parley_rate_limited_total{route="ws"}`: 0, `parley_rate_limited_total{route="code"}`: 0,
 		})
-		time.Sleep(30 * time.Second)
+		pass(30 * time.Second)
 		roomJoin(ts, wsDial{room: r.RoomID})
 		roomGet(ts, r.RoomID)
 	})
@@ -971,11 +971,11 @@ func TestRoomTelemetry(t *testing.T) {
 		ts := newSettledServer(t, "ROOMS=open")
 		r := ts.openRoom("")
 		ada := roomJoin(ts, wsDial{room: r.RoomID})
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		bob := roomJoin(ts, wsDial{room: r.RoomID})
-		time.Sleep(1500 * time.Millisecond)
+		pass(1500 * time.Millisecond)
 		eve := roomJoin(ts, wsDial{room: r.RoomID})
-		time.Sleep(time.Second)
+		pass(time.Second)
 		for _, m := range []*roomMember{eve, bob, ada, eve} {
 			m.settled()
 			m.send(`{"type":"telemetry","event":"ice-connected","mode":"relay"}`)
@@ -1032,7 +1032,7 @@ func TestRoomResume(t *testing.T) {
 			}
 			late.send(`{"type":"offer","payload":5}`)
 			ada.want(eve.signal("candidate", "2"), late.joined(), late.signal("offer", "5"))
-			time.Sleep(59 * time.Second)
+			pass(59 * time.Second)
 
 			// With the same secret, by whatever name, and every time.
 			d := bob.again()
@@ -1144,7 +1144,7 @@ func TestRoomTooManyTakeovers(t *testing.T) {
 		bob.send(`{"type":"ping"}`)
 		bob.want(`{"type":"pong"}`)
 		roomJoin(ts, eve.again()) // others are not bounded by that
-		time.Sleep(10 * time.Second)
+		pass(10 * time.Second)
 		roomJoin(ts, d)
 		bob.wantEnd(closeReplaced, "taken_over")
 		ada.want()
@@ -1469,7 +1469,7 @@ func TestRoomGuessesThatCount(t *testing.T) {
 		roomGuesses(ts, 2)
 
 		// A client that polls the code of a room that has ended is not a guesser.
-		time.Sleep(time.Second)
+		pass(time.Second)
 		for range 10 {
 			ts.call(http.MethodGet, "/api/rooms/"+short.Code, "").want(t, http.StatusNotFound, "room_not_found", "")
 		}
@@ -1535,7 +1535,7 @@ func TestRoomSlowMember(t *testing.T) {
 			if code := slow.closed(); code != closeSlow {
 				t.Errorf("the slow one is closed with %d", code)
 			}
-			time.Sleep(2 * closeGrace)
+			pass(2 * closeGrace)
 			wantSeries(t, v.testServer, map[string]float64{
 				`parley_ws_closes_total{code="4408"}`: 1, "parley_rooms_active": 1, "parley_ws_connections": 2, `parley_resumes_total{result="resumed"}`: 0,
 			})
@@ -1733,7 +1733,7 @@ func TestRoomPasswordTurns(t *testing.T) {
 				done <- ok && err == nil
 			}()
 		}
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		if n := len(done); n != 0 {
 			t.Errorf("%d did not wait", n)
 		}

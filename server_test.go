@@ -219,9 +219,9 @@ func TestGone(t *testing.T) {
 		lives := ts.post("/rendezvous/code", `{"ttl":62}`).Code
 		time.Sleep(62*time.Second - time.Millisecond)
 		redeem(lives).want(t, 200, "", "")
-		time.Sleep(time.Millisecond)
+		pass(time.Millisecond)
 		answers = append(answers, redeem(expired), redeem(lives))
-		time.Sleep(time.Minute) // the janitor has been here
+		pass(time.Minute) // the janitor has been here
 		answers = append(answers, redeem(expired))
 
 		code, _ := ts.mint()
@@ -306,9 +306,9 @@ func TestCodesExhausted(t *testing.T) {
 			}
 		}
 		exhausted("90")
-		time.Sleep(500 * time.Millisecond)
+		pass(500 * time.Millisecond)
 		exhausted("90")
-		time.Sleep(500 * time.Millisecond)
+		pass(500 * time.Millisecond)
 		exhausted("89")
 		if got := ts.metric("parley_sessions_active"); got != sessions {
 			t.Errorf("%v sessions, %v before codes were refused", got, sessions)
@@ -316,9 +316,9 @@ func TestCodesExhausted(t *testing.T) {
 		// A redeemed code is not free before it has expired.
 		ts.post("/rendezvous/redeem", `{"code":"`+first+`"}`).want(t, 200, "", "")
 		exhausted("89")
-		time.Sleep(89*time.Second - time.Millisecond)
+		pass(89*time.Second - time.Millisecond)
 		exhausted("1")
-		time.Sleep(time.Millisecond)
+		pass(time.Millisecond)
 		if a := ts.post("/rendezvous/code", ""); a.Code != first {
 			t.Errorf("minted %s, and only %s was free", a.text, first)
 		}
@@ -347,9 +347,9 @@ func TestMaxSessions(t *testing.T) {
 		ts.join(wsDial{appID: testApp, side: "B"}).want(frameRoomFull)
 		ts.join(wsDial{appID: appID, side: "B"}).want()
 
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		ts.post("/rendezvous/redeem", `{"code":"0000"}`) // does not matter
-		time.Sleep(15 * time.Second)
+		pass(15 * time.Second)
 		b := ts.join(wsDial{appID: otherApp, side: "B"})
 		b.want()
 		ts.post("/rendezvous/code", "").want(t, 503, "at_capacity", "sessions")
@@ -744,9 +744,9 @@ func TestMintedSessionsOnly(t *testing.T) {
 		// A session lives while its code does, and while anyone is connected.
 		a := ts.join(wsDial{appID: appID, side: "A"})
 		a.leave(websocket.StatusNormalClosure)
-		time.Sleep(time.Minute - time.Millisecond)
+		pass(time.Minute - time.Millisecond)
 		a = ts.join(wsDial{appID: appID, side: "A"})
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		b := ts.join(wsDial{appID: appID, side: "B"})
 		b.want(frameRoomFull)
 		a.leave(websocket.StatusNormalClosure)
@@ -932,7 +932,7 @@ func TestMetricsMove(t *testing.T) {
 			`parley_frames_total{direction="out",type="peer_left"}`: 1, `parley_frame_bytes{direction="out"}`: float64(len(framePeerLeft))})
 		a.leave(4321)
 		moved("leave with a code of one's own", map[string]float64{"parley_ws_connections": -1, `parley_ws_closes_total{code="other"}`: 1})
-		time.Sleep(11 * time.Minute)
+		pass(11 * time.Minute)
 		moved("expiry", map[string]float64{"parley_codes_active": -1, "parley_sessions_active": -1})
 	})
 }

@@ -470,7 +470,7 @@ func TestRelayWaits(t *testing.T) {
 		for _, f := range waiting {
 			a.sendFrame(f)
 		}
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		b := ts.join(wsDial{appID: testApp, side: "B"})
 		a.wantFrames(gotFrame{false, frameRoomFull})
 		b.wantFrames(append([]gotFrame{{false, frameRoomFull}}, waiting...)...)
@@ -771,13 +771,13 @@ func TestTelemetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ts := newSettledServer(t)
 		a := ts.join(wsDial{appID: testApp, side: "A"})
-		time.Sleep(7 * time.Second)
+		pass(7 * time.Second)
 		b := ts.join(wsDial{appID: testApp, side: "B"})
 		time.Sleep(2500 * time.Millisecond)
 		a.want(frameRoomFull)
 		b.want(frameRoomFull)
 		a.send(`{"type":"telemetry","event":"ice-connected","mode":"relay"}`)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.send(`{"type":"telemetry","event":"ice-connected","mode":"host"}`)
 		a.send(`{"type":"telemetry","event":"ice-connected"}`)
 		b.send(`{"type":"telemetry","event":"ice-failed","reason":"no such reason"}`)
@@ -992,7 +992,7 @@ func TestTooManyErrors(t *testing.T) {
 			if got := len(a.settled()); got != 1000 {
 				t.Errorf("%d errors, want 1000", got)
 			}
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 		}
 		for range 1001 {
 			a.send(`{"type":"?"}`)
@@ -1218,18 +1218,18 @@ func TestSilence(t *testing.T) {
 		for range 3 {
 			op, payload, _ := a.next()
 			if op == opPing {
-				time.Sleep(30 * time.Millisecond) // the way there and back
+				pass(30 * time.Millisecond) // the way there and back
 				a.write(masked(finPong, payload))
 				synctest.Wait()
 			}
 		}
 	}, 40*time.Second)
 	test("after an unasked pong", func(a *rawClient) {
-		time.Sleep(35 * time.Second)
+		pass(35 * time.Second)
 		a.write(masked(finPong, ""))
 	}, 40*time.Second)
 	test("after a message", func(a *rawClient) {
-		time.Sleep(39 * time.Second)
+		pass(39 * time.Second)
 		a.text(`{"type":"nonsense"}`)
 	}, 40*time.Second)
 }
@@ -1243,7 +1243,7 @@ func TestAnyByteIsLife(t *testing.T) {
 		offer := masked(finText, `{"type":"offer"}`)
 		for i := range 3 { // 27 s: a message may take 30
 			a.write(offer[i : i+1])
-			time.Sleep(9 * time.Second)
+			pass(9 * time.Second)
 		}
 		a.write(offer[3:])
 		b.want(`{"type":"offer"}`)
@@ -1297,7 +1297,7 @@ func TestHeldSenderIsNotSilent(t *testing.T) {
 			}
 			got++
 			b.write(masked(finPong, ""))
-			time.Sleep(2 * time.Second)
+			pass(2 * time.Second)
 		}
 		synctest.Wait()
 		if sent == frames {
@@ -1362,7 +1362,7 @@ func TestResumedSenderIsHeard(t *testing.T) {
 		for range 15 {
 			take(10_000)
 			b.write(masked(finPong, ""))
-			time.Sleep(4 * time.Second)
+			pass(4 * time.Second)
 		}
 		if !held() {
 			t.Fatal("the sender is not held back any more")
@@ -1375,7 +1375,7 @@ func TestResumedSenderIsHeard(t *testing.T) {
 		defer alive.Wait()
 		alive.Go(func() {
 			for range 5 {
-				time.Sleep(4 * time.Second)
+				pass(4 * time.Second)
 				b.write(masked(finPong, ""))
 			}
 		})
@@ -1416,11 +1416,11 @@ func TestMessageTimeout(t *testing.T) {
 				a, b := ts.rawPair()
 				go func() { // what it waited for before is no part of the message
 					for range 3 {
-						time.Sleep(19 * time.Second)
+						pass(19 * time.Second)
 						a.write(masked(finPong, ""))
 					}
 				}()
-				time.Sleep(70 * time.Second)
+				pass(70 * time.Second)
 				start := time.Now()
 				a.write(begin)
 				b.settled()
@@ -1446,7 +1446,7 @@ func TestMessageTimeoutStartsAnew(t *testing.T) {
 		offer := masked(finText, `{"type":"offer"}`)
 		a.write(offer[:10])
 		for i := range 60 {
-			time.Sleep(5 * time.Second)
+			pass(5 * time.Second)
 			a.write(offer[10:], offer[:10])
 			if got := b.settled(); len(got) > 1 || i > 0 && len(got) == 0 {
 				t.Fatalf("after %d messages of 5 s each: received %q", i+1, got)
@@ -1467,7 +1467,7 @@ func TestControlTimeoutStartsAnew(t *testing.T) {
 		ping := masked(finPing, "ping")
 		a.write(ping[:3])
 		for range 20 {
-			time.Sleep(3 * time.Second)
+			pass(3 * time.Second)
 			a.write(ping[3:], ping[:3])
 			op, payload, err := a.next()
 			for op == opPing && err == nil {
@@ -1488,7 +1488,7 @@ func TestSlowControlFrame(t *testing.T) {
 		a, _ := ts.rawPair()
 		ping := masked(finPing, "in two pieces")
 		a.write(ping[:10])
-		time.Sleep(15 * time.Second)
+		pass(15 * time.Second)
 		a.write(ping[10:])
 		op, payload, err := a.next()
 		slow := string(binary.BigEndian.AppendUint16(nil, uint16(closeSlow)))
