@@ -235,8 +235,9 @@ func (o *processOutput) String() string {
 	return string(o.data)
 }
 
-// listensLine is what the server prints first: where it listens.
-var listensLine = regexp.MustCompile(`(?m)^parley .* listens on (https?://\S+)$`)
+// listensLine is what the server prints on stdout, in words or as JSON: where it
+// listens.
+var listensLine = regexp.MustCompile(`(?m)(?:^parley .* listens on |"address":")(https?://[^\s"]+)`)
 
 // A listensWatcher passes stdout on and sends the base URL once that is printed.
 type listensWatcher struct {

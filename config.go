@@ -230,8 +230,17 @@ func configOptions(c *config) []option {
 	}
 }
 
+// A configError is all that is wrong with a configuration.
+type configError struct {
+	problems  []error
+	logFormat string // how they are to be reported, if that was readable
+}
+
+func (e *configError) Error() string   { return errors.Join(e.problems...).Error() }
+func (e *configError) Unwrap() []error { return e.problems }
+
 // loadConfig reads flags and environment. It returns flag.ErrHelp for -h and -help, and otherwise
-// every problem at once, each sentence naming its variable.
+// every problem at once in a *configError, each sentence naming its variable.
 func loadConfig(args []string, lookup func(string) (string, bool)) (*config, error) {
 	c := new(config)
 	table := configOptions(c)
@@ -253,7 +262,7 @@ func loadConfig(args []string, lookup func(string) (string, bool)) (*config, err
 	problems = append(problems, c.contradictions(jwtKeys(found))...)
 	problems = append(problems, redisContradictions(found)...)
 	if len(problems) > 0 {
-		return nil, errors.Join(problems...)
+		return nil, &configError{problems, c.logFormat}
 	}
 	if c.redisHost != "" {
 		c.redisAddress = redisAt(c.redisHost, c.redisPort, c.redisPassword)
@@ -355,6 +364,27 @@ func (c *config) warnings() (warnings []string) {
 // logAttrs returns the effective values in the order of the table, secrets masked.
 func (c *config) logAttrs() []slog.Attr { return logOptions(configOptions(c)) }
 
+// startAttrs returns what the log of the start shows: all of logAttrs, but for a
+// developer who reads text only the values that were changed.
+func (c *config) startAttrs() []slog.Attr {
+	all := c.logAttrs()
+	if !c.dev || c.logFormat == "json" || c.logLevel <= slog.LevelDebug {
+		return all
+	}
+	plain, err := loadConfig(nil, func(string) (string, bool) { return "", false })
+	if err != nil {
+		return all
+	}
+	defaults := plain.logAttrs()
+	var changed []slog.Attr
+	for i, a := range all {
+		if !a.Equal(defaults[i]) {
+			changed = append(changed, a)
+		}
+	}
+	return changed
+}
+
 func logOptions(table []option) []slog.Attr {
 	attrs := make([]slog.Attr, len(table))
 	for i, o := range table {
@@ -365,7 +395,7 @@ func logOptions(table []option) []slog.Attr {
 
 // writeUsage writes the table for -h.
 func writeUsage(w io.Writer) {
-	fmt.Fprint(w, "Usage: parley [flags]\n       parley check URL\n       parley healthcheck [flags]\n\n"+
+	fmt.Fprint(w, "Usage: parley [flags]\n       parley check URL\n       parley healthcheck [flags]\n       parley version\n\n"+
 		"Every flag is an environment variable too: -room-ttl 5m is ROOM_TTL=5m. A flag wins.\n"+
 		"Of two defaults the first holds while DEV=true, the second otherwise.\n\n")
 	for _, o := range configOptions(new(config)) {

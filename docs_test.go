@@ -293,7 +293,7 @@ func newServerOnly(t testing.TB) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newParley(cfg, newLogger(cfg, new(lockedBuffer)))
+	return newParley(cfg, newLogger(cfg.logFormat, cfg.logLevel, new(lockedBuffer)))
 }
 
 var pathParameter = regexp.MustCompile(`\{[^}]*\}`)

@@ -767,13 +767,14 @@ func TestAnnounce(t *testing.T) {
 		local = "on other devices: http://" + ip + ":80\n"
 	}
 	for _, tt := range []struct{ env, host, want string }{
-		{"DEV=true", "0.0.0.0", "listens on http://localhost:80\n" + local + "try: curl -fsS -X POST http://localhost:80/rendezvous/code\n"},
+		{"DEV=true", "0.0.0.0", "listens on http://localhost:80\n" + local + "try: curl -fsS -X POST http://localhost:80/rendezvous/code\n\n"},
 		{"DEV=true", "::", "listens on http://localhost:80\n" + local + "try: "},
 		{"DEV=true", "127.0.0.1", "listens on http://127.0.0.1:80\ntry: "},
-		{"DEV=false", "0.0.0.0", "listens on http://localhost:80\ntry: "},
+		{"DEV=false LOG_FORMAT=text", "0.0.0.0", "listens on http://localhost:80\ntry: "},
+		{"LOG_FORMAT=json", "0.0.0.0", `"msg":"listening","version":"dev","address":"http://localhost:80"}`},
 	} {
 		var out bytes.Buffer
-		announce(&out, mustLoad(t, nil, tt.env), &net.TCPAddr{IP: net.ParseIP(tt.host), Port: 80})
+		announce(&out, mustLoad(t, nil, strings.Fields(tt.env)...), &net.TCPAddr{IP: net.ParseIP(tt.host), Port: 80})
 		if !strings.Contains(out.String(), tt.want) {
 			t.Errorf("%s, %s: %q, want %q", tt.env, tt.host, out.String(), tt.want)
 		}

@@ -8,7 +8,8 @@
 // any browser origin, which is for development: set DEV=false and CORS_ORIGINS
 // for everything else.
 //
-// It prints where it listens on standard output, and logs on standard error. It
+// It prints where it listens on standard output, and logs on standard error. With
+// LOG_FORMAT=json each line of both is a JSON object. It
 // exits with status 2 when the configuration is wrong, having named everything
 // that is; with 1 when it cannot go on, for example because the port is taken;
 // and with 0 when it was told to stop.
@@ -19,6 +20,8 @@
 // parley healthcheck, with the environment or flags of a server on the same
 // machine, exits with 0 when that answers, and otherwise says why not and exits
 // with 1.
+//
+// parley version prints the version, the commit and the Go version of the binary.
 //
 // SIGTERM or SIGINT begins to drain: /readyz turns 503, nothing new is taken,
 // every WebSocket is closed with 1001, and the process is gone within
@@ -48,22 +51,27 @@ func main() {
 
 // run is main with its surroundings as parameters. It returns the exit status.
 func run(args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
-	if len(args) > 0 && args[0] == "check" {
-		return runCheck(args[1:], stdout, stderr)
-	}
-	if len(args) > 0 && args[0] == "healthcheck" {
-		return runHealthcheck(args[1:], lookup, stdout, stderr)
+	if len(args) > 0 {
+		switch args[0] {
+		case "check":
+			return runCheck(args[1:], stdout, stderr)
+		case "healthcheck":
+			return runHealthcheck(args[1:], lookup, stdout, stderr)
+		case "version":
+			fmt.Fprintln(stdout, buildVersion())
+			return 0
+		}
 	}
 	cfg, err := loadConfig(args, lookup)
 	if errors.Is(err, flag.ErrHelp) {
 		writeUsage(stdout)
 		return 0
 	} else if err != nil {
-		fmt.Fprintln(stderr, err)
+		reportProblems(stderr, err)
 		return 2
 	}
-	log := newLogger(cfg, stderr)
-	log.LogAttrs(context.Background(), slog.LevelInfo, "starting", append([]slog.Attr{slog.String("version", buildVersion().Version)}, cfg.logAttrs()...)...)
+	log := newLogger(cfg.logFormat, cfg.logLevel, stderr)
+	log.LogAttrs(context.Background(), slog.LevelInfo, "starting", append([]slog.Attr{slog.String("version", buildVersion().Version)}, cfg.startAttrs()...)...)
 	for _, w := range cfg.warnings() {
 		log.Warn(w)
 	}
@@ -78,9 +86,22 @@ func run(args []string, lookup func(string) (string, bool), stdout, stderr io.Wr
 	return 0
 }
 
-func newLogger(cfg *config, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.logLevel}
-	if cfg.logFormat == "json" {
+// reportProblems writes what is wrong with the configuration, a line each.
+func reportProblems(w io.Writer, err error) {
+	var bad *configError
+	if !errors.As(err, &bad) || bad.logFormat != "json" {
+		fmt.Fprintln(w, err)
+		return
+	}
+	log := newLogger(bad.logFormat, slog.LevelError, w)
+	for _, problem := range bad.problems {
+		log.Error("the configuration is wrong", "error", problem)
+	}
+}
+
+func newLogger(format string, level slog.Level, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if format == "json" {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
@@ -123,7 +144,8 @@ func serve(cfg *config, log *slog.Logger, stdout io.Writer, stopping <-chan os.S
 	return nil
 }
 
-// announce says where the server listens and what to try first.
+// announce says where the server listens and what to try first: in words, or with
+// LOG_FORMAT=json as a record.
 func announce(w io.Writer, cfg *config, addr net.Addr) {
 	scheme, curl := "http", "curl -fsS -X POST"
 	if cfg.tlsCertFile != "" {
@@ -143,7 +165,16 @@ func announce(w io.Writer, cfg *config, addr net.Addr) {
 		url = scheme + "://" + net.JoinHostPort(host, port)
 		where = url
 	}
-	fmt.Fprintf(w, "parley %s listens on %s\n%stry: %s %s/rendezvous/code\n", buildVersion().Version, where, others, curl, url)
+	version := buildVersion().Version
+	if cfg.logFormat == "json" {
+		newLogger(cfg.logFormat, slog.LevelInfo, w).Info("listening", "version", version, "address", where)
+		return
+	}
+	text := fmt.Sprintf("parley %s listens on %s\n%stry: %s %s/rendezvous/code\n", version, where, others, curl, url)
+	if cfg.dev {
+		text = "\n" + text + "\n" // so that a person sees it below the log
+	}
+	io.WriteString(w, text)
 }
 
 // localNetworkAddress returns an address that other devices of a home or office
@@ -218,6 +249,10 @@ type versionInfo struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit"`
 	Go      string `json:"go"`
+}
+
+func (v versionInfo) String() string {
+	return fmt.Sprintf("parley %s (commit %s, %s)", v.Version, v.Commit, v.Go)
 }
 
 // buildVersion says what this binary was built from, as far as it knows.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -291,7 +292,7 @@ func optionTests() map[string]func(*testing.T) {
 		"LOG_LEVEL": func(t *testing.T) {
 			for level, want := range map[string]int{"debug": 4, "info": 3, "warn": 2, "error": 1} {
 				var out bytes.Buffer
-				log := newLogger(mustLoad(t, nil, "LOG_LEVEL="+level), &out)
+				log := newLogger("text", mustLoad(t, nil, "LOG_LEVEL="+level).logLevel, &out)
 				log.Debug("a")
 				log.Info("b")
 				log.Warn("c")
@@ -302,11 +303,27 @@ func optionTests() map[string]func(*testing.T) {
 			}
 		},
 		"LOG_FORMAT": func(t *testing.T) {
+			printed := func(what string, isJSON bool, text string) {
+				t.Helper()
+				if strings.TrimSpace(text) == "" {
+					t.Errorf("%s: nothing is printed", what)
+				}
+				for line := range strings.Lines(text) {
+					if line != "\n" && json.Valid([]byte(line)) != isJSON {
+						t.Errorf("%s: %s", what, line)
+					}
+				}
+			}
 			for format, isJSON := range map[string]bool{"text": false, "json": true} {
-				var out bytes.Buffer
-				newLogger(mustLoad(t, nil, "LOG_FORMAT="+format), &out).Info("said")
-				if json.Valid(out.Bytes()) != isJSON || !strings.Contains(out.String(), "said") {
-					t.Errorf("%s: %s", format, out.String())
+				server := startBinary(t, "LOG_FORMAT="+format)
+				server.stop()
+				printed(format, isJSON, server.output())
+				for _, wrong := range []string{"ROOM_TTL=soon", "REDIS_PORT=0", "HOST=192.0.2.1"} {
+					var out bytes.Buffer
+					if status := run(nil, environ("LOG_FORMAT="+format, "PORT=0", wrong), &out, &out); status == 0 {
+						t.Errorf("%s: exit status 0", wrong)
+					}
+					printed(format+", "+wrong, isJSON, out.String())
 				}
 			}
 		},
@@ -731,6 +748,30 @@ func TestEffectiveConfiguration(t *testing.T) {
 	}
 	if strings.Contains(server.output(), secret) || strings.Contains(server.output(), "DEV=false") {
 		t.Errorf("a secret was printed, or a needless warning:\n%s", server.output())
+	}
+}
+
+// A developer who reads text sees what was changed, everyone else all.
+func TestStartLogsSettings(t *testing.T) {
+	for _, tt := range []struct {
+		env []string
+		all bool
+	}{
+		{[]string{"DEV=true"}, false},
+		{[]string{"DEV=true", "LOG_LEVEL=debug"}, true},
+		{[]string{"DEV=true", "LOG_FORMAT=json"}, true},
+		{[]string{"DEV=false", "CORS_ORIGINS=https://parley.example"}, true},
+	} {
+		c := mustLoad(t, nil, append(tt.env, "ROOM_TTL=90s", "PORT=1234")...)
+		var names []string
+		for _, a := range c.startAttrs() {
+			names = append(names, a.Key)
+		}
+		if want := []string{"ROOM_TTL"}; !tt.all && !slices.Equal(names, want) {
+			t.Errorf("%v: %v, want %v", tt.env, names, want)
+		} else if tt.all && len(names) != len(configOptions(c)) {
+			t.Errorf("%v: %v", tt.env, names)
+		}
 	}
 }
 

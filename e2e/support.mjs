@@ -15,7 +15,7 @@ export async function startParley(t, env = {}, port = 0) {
   const listening = new Promise((resolve, reject) => {
     const look = (chunk) => {
       out += chunk;
-      const found = /listens on (http:\S+)/.exec(out);
+      const found = /(?:listens on |"address":")(http:[^\s"]+)[\s"]/.exec(out);
       if (found) resolve(found[1]);
     };
     child.stdout.on("data", look);
