@@ -127,7 +127,7 @@ func newMetrics() *metrics {
 	m.closes = series(counters("ws_closes_total", "WebSocket connections closed, by close code.", "code"), codes...)
 
 	frames := counters("frames_total", "Frames received from (in) and written to (out) clients.", "type", "direction")
-	frameBytes := counters("frame_bytes", "Bytes of those frames.", "direction")
+	frameBytes := counters("frame_bytes_total", "Bytes of those frames.", "direction")
 	for direction, name := range []string{in: "in", out: "out"} {
 		m.frameBytes[direction] = frameBytes.WithLabelValues(name)
 		for t := range numFrameTypes {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"regexp"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
 // series returns the values of all metrics, by name and labels.
@@ -632,7 +634,22 @@ func TestStatusAnswers(t *testing.T) {
 		if err := json.Unmarshal([]byte(a.text), &v); err != nil || len(v) != 3 || v["version"] == "" || v["commit"] == "" || !strings.HasPrefix(v["go"], "go1.") {
 			t.Errorf("version: %s, %v", a.text, err)
 		}
+		var out strings.Builder
+		if exit := run([]string{"version"}, environ(), &out, io.Discard); exit != 0 || out.String() != fmt.Sprintf("parley %s (commit %s, %s)\n", v["version"], v["commit"], v["go"]) {
+			t.Errorf("parley version: %d %s", exit, out.String())
+		}
 	})
+}
+
+// The names, types and help of all metrics are as Prometheus' own linter wants.
+func TestMetricsLint(t *testing.T) {
+	for _, env := range [][]string{{"ROOMS=open"}, {"REDIS_URL=redis://127.0.0.1:1", "ROOMS=open"}} {
+		p := newParley(mustLoad(t, nil, env...), slog.New(slog.DiscardHandler))
+		problems, err := testutil.GatherAndLint(p.metrics.registry)
+		if err != nil || len(problems) > 0 {
+			t.Errorf("%v: %v, %v", env, problems, err)
+		}
+	}
 }
 
 // --- The upgrade's refusals.
@@ -808,7 +825,7 @@ func TestMetricsFromTheStart(t *testing.T) {
 		"parley_codes_active", "parley_codes_minted_total",
 		`parley_redeems_total{result="ok"}`, `parley_redeems_total{result="gone"}`, `parley_redeems_total{result="bad"}`,
 		"parley_ws_connections", "parley_ws_connections_total", "parley_sessions_active",
-		`parley_frame_bytes{direction="in"}`, `parley_frame_bytes{direction="out"}`,
+		`parley_frame_bytes_total{direction="in"}`, `parley_frame_bytes_total{direction="out"}`,
 		"parley_mailbox_bytes",
 		"parley_ws_rtt_seconds_count", "parley_ws_rtt_seconds_sum",
 		"parley_time_to_first_seconds_count", "parley_time_to_first_seconds_sum",
@@ -916,20 +933,20 @@ func TestMetricsMove(t *testing.T) {
 		moved("join", map[string]float64{"parley_ws_connections": 1, "parley_ws_connections_total": 1})
 		offer := `{"type":"offer"}`
 		a.send(offer)
-		moved("offer", map[string]float64{`parley_frames_total{direction="in",type="offer"}`: 1, `parley_frame_bytes{direction="in"}`: float64(len(offer)),
+		moved("offer", map[string]float64{`parley_frames_total{direction="in",type="offer"}`: 1, `parley_frame_bytes_total{direction="in"}`: float64(len(offer)),
 			"parley_mailbox_bytes": float64(len(offer) + frameCost)})
 		b := ts.join(wsDial{appID: appID, side: "B"})
 		moved("the other joins", map[string]float64{"parley_ws_connections": 1, "parley_ws_connections_total": 1,
 			`parley_frames_total{direction="out",type="offer"}`: 1, `parley_frames_total{direction="out",type="room_full"}`: 2,
-			`parley_frame_bytes{direction="out"}`: float64(len(offer) + 2*len(frameRoomFull)), "parley_mailbox_bytes": -float64(len(offer) + frameCost)})
+			`parley_frame_bytes_total{direction="out"}`: float64(len(offer) + 2*len(frameRoomFull)), "parley_mailbox_bytes": -float64(len(offer) + frameCost)})
 		bad := "nonsense"
 		b.send(bad)
 		answer := b.settled()
-		moved("nonsense", map[string]float64{`parley_frames_total{direction="in",type="other"}`: 1, `parley_frame_bytes{direction="in"}`: float64(len(bad)),
-			`parley_frames_total{direction="out",type="error"}`: 1, `parley_frame_bytes{direction="out"}`: float64(len(answer[len(answer)-1]))})
+		moved("nonsense", map[string]float64{`parley_frames_total{direction="in",type="other"}`: 1, `parley_frame_bytes_total{direction="in"}`: float64(len(bad)),
+			`parley_frames_total{direction="out",type="error"}`: 1, `parley_frame_bytes_total{direction="out"}`: float64(len(answer[len(answer)-1]))})
 		b.leave(websocket.StatusNormalClosure)
 		moved("leave", map[string]float64{"parley_ws_connections": -1, `parley_ws_closes_total{code="1000"}`: 1,
-			`parley_frames_total{direction="out",type="peer_left"}`: 1, `parley_frame_bytes{direction="out"}`: float64(len(framePeerLeft))})
+			`parley_frames_total{direction="out",type="peer_left"}`: 1, `parley_frame_bytes_total{direction="out"}`: float64(len(framePeerLeft))})
 		a.leave(4321)
 		moved("leave with a code of one's own", map[string]float64{"parley_ws_connections": -1, `parley_ws_closes_total{code="other"}`: 1})
 		pass(11 * time.Minute)

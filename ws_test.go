@@ -808,7 +808,7 @@ func TestTelemetry(t *testing.T) {
 			`parley_ws_closes_total{code="1000"}`:                          0,
 			`parley_frames_dropped_total{reason="peer_absent"}`:            0,
 			`parley_ws_connections`:                                        2,
-			`parley_frame_bytes{direction="out"}`:                          float64(2 * len(frameRoomFull)),
+			`parley_frame_bytes_total{direction="out"}`:                    float64(2 * len(frameRoomFull)),
 			`parley_time_to_first_seconds_bucket{le="2"}`:                  0,
 			`parley_time_to_first_seconds_bucket{le="3"}`:                  1,
 			`parley_time_to_first_seconds_bucket{le="+Inf"}`:               1,
