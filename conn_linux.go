@@ -5,6 +5,12 @@ import (
 	"unsafe"
 )
 
+// canPoll says that a socket's descriptor can be read and written without
+// blocking.
+const canPoll = true
+
+func wouldBlock(err error) bool { return err == syscall.EAGAIN }
+
 // The descriptors are non-blocking, so these calls return at once, and the
 // scheduler need not be told that a thread may be away. (Nor is the race detector
 // told of what they read and write.) That it is told costs
@@ -25,4 +31,14 @@ func rawCall(call, fd uintptr, p []byte) (int, error) {
 			return 0, errno
 		}
 	}
+}
+
+// openFileLimit returns how many files the process may open, 0 if that is not
+// known. The Go runtime has raised the soft limit to the hard one.
+func openFileLimit() int {
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil || l.Cur > 1<<30 {
+		return 0
+	}
+	return int(l.Cur)
 }
