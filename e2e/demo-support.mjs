@@ -29,8 +29,14 @@ export async function openDevice(t, browser, url, { init = () => {}, ...options 
 
 export const clean = (...pages) => pages.forEach((page) => assert.deepEqual(page.errors, []));
 
-export const says = (page, selector, words, ms) =>
-  until(`${selector} says ${words}`, async () => words.test(await page.locator(selector).innerText()), ms);
+export async function says(page, selector, words, ms) {
+  let said;
+  try {
+    await until(`${selector} says ${words}`, async () => words.test((said = await page.locator(selector).innerText())), ms);
+  } catch (error) {
+    throw new Error(`${error.message}, but ${JSON.stringify(said)}`);
+  }
+}
 
 export const connected = (...pages) => Promise.all(pages.map((page) => says(page, "#status", /^Connected directly$/)));
 

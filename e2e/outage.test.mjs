@@ -108,8 +108,14 @@ test("a relay is shown as one; when the path between the devices is cut that is 
   const secret = "shared with coturn";
   const relay = await startTURN(t, secret);
   const { url } = await startParley(t, { TURN_URLS: relay.url, TURN_SECRET: secret });
-  // A device that reaches nothing but the relay.
+  // A device that reaches nothing but the relay, and whose first statistics are
+  // from before it was connected.
   const init = () => {
+    const { getStats } = RTCPeerConnection.prototype;
+    RTCPeerConnection.prototype.getStats = async function () {
+      RTCPeerConnection.prototype.getStats = getStats;
+      return new Map();
+    };
     globalThis.RTCPeerConnection = class extends RTCPeerConnection {
       constructor(configuration) {
         super({ ...configuration, iceTransportPolicy: "relay" });

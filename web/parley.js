@@ -295,6 +295,7 @@ class Negotiator {
   #queue = Promise.resolve(); // offers are made, and signals handled, one after the other
   #channels = new Map();
   #restart = 0;
+  #route = null; // as last told
   #closed = false;
 
   // polite returns whether this side gives way. signal sends one; where that is
@@ -478,7 +479,8 @@ class Negotiator {
     clearTimeout(this.#restart);
     switch (pc.connectionState) {
       case "connected":
-        routeOf(pc).then((route) => pc === this.#pc && this.#on.route(route), () => {});
+        this.#route = null;
+        this.#tellRoute(pc);
         break;
       case "disconnected":
         this.#restart = setTimeout(() => pc === this.#pc && !isConnected(pc) && pc.restartIce(), DISCONNECTED);
@@ -487,6 +489,21 @@ class Negotiator {
         this.#on.failed();
         pc.restartIce();
         break;
+    }
+  }
+
+  // tellRoute says which route is taken, and again whenever that changes. The
+  // statistics may be older than the connection and not have it yet.
+  async #tellRoute(pc) {
+    const transport = pc.sctp?.transport?.iceTransport;
+    if (transport) transport.onselectedcandidatepairchange = () => this.#tellRoute(pc);
+    for (let wait = 50; pc === this.#pc && isConnected(pc); wait = Math.min(2 * wait, 1000)) {
+      const route = await routeOf(pc).catch(() => null);
+      if (route && pc === this.#pc) {
+        if (route !== this.#route) this.#on.route((this.#route = route));
+        return;
+      }
+      await new Promise((resolve) => setTimeout(resolve, wait));
     }
   }
 }
@@ -549,7 +566,8 @@ function isConnected(pc) {
   return pc.connectionState === "connected";
 }
 
-// routeOf returns the kind of the candidates that a connection uses.
+// routeOf returns the kind of the candidates that a connection uses, or null where
+// the statistics do not have them.
 async function routeOf(pc) {
   const stats = await pc.getStats();
   let pair = null;
@@ -559,7 +577,8 @@ async function routeOf(pc) {
   stats.forEach((s) => {
     if (!pair && s.type === "candidate-pair" && s.state === "succeeded" && (s.nominated || s.selected)) pair = s;
   });
-  const kinds = [pair?.localCandidateId, pair?.remoteCandidateId].map((id) => stats.get(id)?.candidateType ?? "host");
+  const kinds = [pair?.localCandidateId, pair?.remoteCandidateId].map((id) => stats.get(id)?.candidateType);
+  if (!kinds[0]) return null;
   return ["relay", "prflx", "srflx"].find((kind) => kinds.includes(kind)) ?? "host";
 }
 
