@@ -31,7 +31,7 @@ FUZZTIME ?= 30s
 BENCH ?= .
 
 # npm ci again only when the packages asked for have changed.
-E2E := $(if $(wildcard e2e/package.json),e2e/node_modules/.installed)
+E2E := $(if $(wildcard test/e2e/package.json),test/e2e/node_modules/.installed)
 
 .PHONY: test test-long fuzz lint bench dist tools tools-long
 
@@ -72,8 +72,8 @@ tools:
 tools-long:
 	@needs='$(NEEDS_LONG)' bash -c "$$install_script"
 
-e2e/node_modules/.installed: $(wildcard e2e/package*.json) | tools
-	cd e2e && npm ci --no-audit --no-fund || { echo 'make: npm could not install the packages of e2e/package-lock.json.' >&2; exit 1; }
+test/e2e/node_modules/.installed: $(wildcard test/e2e/package*.json) | tools
+	cd test/e2e && npm ci --no-audit --no-fund || { echo 'make: npm could not install the packages of test/e2e/package-lock.json.' >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
 define install_script

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"parley/test/testkit"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -313,8 +314,8 @@ func TestPublicKeyFile(t *testing.T) {
 	if _, err := readPublicKey(writePEM(t, "RSA PUBLIC KEY", x509.MarshalPKCS1PublicKey(&key.PublicKey))); err != nil {
 		t.Error("PKCS #1:", err)
 	}
-	pair := writePair(t, t.TempDir(), 5)
-	if _, err := readPublicKey(pair.certFile); err != nil {
+	pair := testkit.WritePair(t, t.TempDir(), 5)
+	if _, err := readPublicKey(pair.CertFile); err != nil {
 		t.Error("certificate:", err)
 	}
 	small, err := rsa.GenerateKey(rand.Reader, 1024)
@@ -433,12 +434,12 @@ func TestJWKS(t *testing.T) {
 
 	// While there are no keys nobody can say whether a token is good.
 	running.Go(func() { keys(ctx) })
-	eventually(t, "a first try", func() bool { return strings.Contains(log.String(), "keys not fetched") })
+	testkit.Eventually(t, "a first try", func() bool { return strings.Contains(log.String(), "keys not fetched") })
 	if _, err := v.verify(ctx, ofFirst); !errors.Is(err, errNoKeys) {
 		t.Errorf("without keys: %v", err)
 	}
 	web.answer(http.StatusOK, jwks(t, map[string]crypto.PublicKey{"first": first.Public()}))
-	eventually(t, "the keys", func() bool { _, err := v.verify(ctx, ofFirst); return err == nil })
+	testkit.Eventually(t, "the keys", func() bool { _, err := v.verify(ctx, ofFirst); return err == nil })
 
 	good("by key ID", ofFirst)
 	good("without a key ID", token(jwt.SigningMethodPS384, first, ""))

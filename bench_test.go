@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
+	"parley/test/testkit"
 	"runtime"
 	"slices"
 	"strconv"
@@ -460,15 +461,15 @@ func benchHub(b *testing.B, addr string) *redisHub {
 		queued: &budget{limit: 256 << 20}, owners: newQuota(0), dropped: func(dropReason, int) {},
 	}, newTestStore(b, redis.Options{Addr: addr}), 20*time.Second, redisClock)
 	b.Cleanup(startHub(h))
-	eventually(b, "the hub is ready", func() bool { return h.Ready(ctx) == nil })
+	testkit.Eventually(b, "the hub is ready", func() bool { return h.Ready(ctx) == nil })
 	return h
 }
 
 // BenchmarkRedisPublish is what the others are measured by: PUBLISH, and the
 // message back over another connection.
 func BenchmarkRedisPublish(b *testing.B) {
-	server := startRedis(b)
-	client := server.client()
+	server := testkit.StartRedis(b)
+	client := server.Client()
 	channel := client.Subscribe(ctx, "bench")
 	defer channel.Close()
 	if _, err := channel.Receive(ctx); err != nil {
@@ -486,8 +487,8 @@ func BenchmarkRedisPublish(b *testing.B) {
 // BenchmarkRedisRelay is a frame from one instance to another: posted, notified
 // and taken.
 func BenchmarkRedisRelay(b *testing.B) {
-	server := startRedis(b)
-	here, there := benchHub(b, server.addr), benchHub(b, server.addr)
+	server := testkit.StartRedis(b)
+	here, there := benchHub(b, server.Addr), benchHub(b, server.Addr)
 	id := uuid.New()
 	woken := make(chan struct{}, 1000)
 	receiver, _, err := there.Join(ctx, id, joinRequest{name: "B", create: true}, func(error) { woken <- struct{}{} })
@@ -520,8 +521,8 @@ func BenchmarkRedisRelay(b *testing.B) {
 // BenchmarkRedisLook is the look at 64 seats that each heartbeat takes, and what
 // it costs Redis for one of them.
 func BenchmarkRedisLook(b *testing.B) {
-	server := startRedis(b)
-	client, h := server.client(), benchHub(b, server.addr)
+	server := testkit.StartRedis(b)
+	client, h := server.Client(), benchHub(b, server.Addr)
 	for range lookBatch / 2 {
 		id := uuid.New()
 		for _, name := range []string{"A", "B"} {
@@ -544,10 +545,10 @@ func BenchmarkRedisLook(b *testing.B) {
 // BenchmarkRedisPairing is all that a pairing asks of Redis but its frames: a
 // session and its code, two seats taken and left.
 func BenchmarkRedisPairing(b *testing.B) {
-	server := startRedis(b)
-	client, h := server.client(), benchHub(b, server.addr)
+	server := testkit.StartRedis(b)
+	client, h := server.Client(), benchHub(b, server.Addr)
 	codes := newRedisCodes(codeOptions{digits: 9, maxDigits: 9, failures: func() int { return 0 }, grown: func(int) {}},
-		newTestStore(b, redis.Options{Addr: server.addr}), redisClock)
+		newTestStore(b, redis.Options{Addr: server.Addr}), redisClock)
 	before := redisCPU(b, client)
 	b.ResetTimer()
 	for range b.N {
@@ -579,9 +580,9 @@ func BenchmarkRedisPairing(b *testing.B) {
 // BenchmarkRedisThroughput relays between 32 pairs of which each side is at
 // another instance, and says how many frames a second of Redis' CPU carries.
 func BenchmarkRedisThroughput(b *testing.B) {
-	server := startRedis(b)
-	client := server.client()
-	here, there := benchHub(b, server.addr), benchHub(b, server.addr)
+	server := testkit.StartRedis(b)
+	client := server.Client()
+	here, there := benchHub(b, server.Addr), benchHub(b, server.Addr)
 	const pairs = 32
 	data := []byte(strings.Repeat("x", 500))
 	var senders [pairs]seat

@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"parley/test/testkit"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -78,8 +79,8 @@ func TestHealthcheckIPv6(t *testing.T) {
 
 // The certificate does not name the address that the server is asked at.
 func TestHealthcheckTLS(t *testing.T) {
-	pair := writePair(t, t.TempDir(), 1)
-	files := []string{"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + pair.keyFile}
+	pair := testkit.WritePair(t, t.TempDir(), 1)
+	files := []string{"TLS_CERT_FILE=" + pair.CertFile, "TLS_KEY_FILE=" + pair.KeyFile}
 	_, addr := newLoopServer(t, files...)
 	_, port, _ := net.SplitHostPort(addr)
 	wantHealthy(t, nil, append(files, "PORT="+port)...)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"parley/test/testkit"
 	"slices"
 	"strings"
 	"sync"
@@ -29,14 +30,14 @@ func newBareConn(t *testing.T, ts *testServer) (c *conn, far *memConn) {
 
 // newBareTLSConn does so with TLS in between. far is below TLS.
 func newBareTLSConn(t *testing.T, ts *testServer) (c *conn, far *memConn) {
-	pair := writePair(t, t.TempDir(), 1)
-	cert, err := tls.LoadX509KeyPair(pair.certFile, pair.keyFile)
+	pair := testkit.WritePair(t, t.TempDir(), 1)
+	cert, err := tls.LoadX509KeyPair(pair.CertFile, pair.KeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}
 	far, near := newMemConns(ts.net.Addr(), ts.net.Addr())
 	server := tls.Server(near, &tls.Config{Certificates: []tls.Certificate{cert}})
-	go tls.Client(far, pair.client()).Handshake()
+	go tls.Client(far, pair.Client()).Handshake()
 	if err := server.Handshake(); err != nil {
 		t.Fatal(err)
 	}
@@ -176,8 +177,8 @@ func TestEndUnderTLS(t *testing.T) {
 // A connection that is cut is reset, whatever it is wrapped in: its client would
 // read all that the kernel still has, and then take the end for a regular one.
 func TestAbortResets(t *testing.T) {
-	pair := writePair(t, t.TempDir(), 1)
-	for _, settings := range [][]string{nil, {"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + pair.keyFile}} {
+	pair := testkit.WritePair(t, t.TempDir(), 1)
+	for _, settings := range [][]string{nil, {"TLS_CERT_FILE=" + pair.CertFile, "TLS_KEY_FILE=" + pair.KeyFile}} {
 		ts, addr := newLoopServer(t, settings...)
 		far, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -186,7 +187,7 @@ func TestAbortResets(t *testing.T) {
 		defer far.Close()
 		var stream net.Conn = far
 		if settings != nil {
-			stream = tls.Client(far, pair.client())
+			stream = tls.Client(far, pair.Client())
 		}
 		if _, err := io.WriteString(stream, upgradeRequest(wsDial{appID: testApp, side: "A"})); err != nil {
 			t.Fatal(err)
@@ -420,7 +421,7 @@ func TestManyPairs(t *testing.T) {
 		})
 	}
 	all.Wait()
-	eventually(t, "all sessions are over", func() bool { return ts.memory.sessions.Load() == 0 })
+	testkit.Eventually(t, "all sessions are over", func() bool { return ts.memory.sessions.Load() == 0 })
 	if n := ts.queued.used.Load(); n != 0 {
 		t.Errorf("%d bytes counted as waiting for nobody", n)
 	}
@@ -435,7 +436,7 @@ func talk(t testing.TB, base, appID string, frames, size int) error {
 			return err
 		}
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(stopDeadline))
+		conn.SetDeadline(time.Now().Add(testkit.Patience))
 		if clients[i], err = openRawClient(t, conn, wsDial{appID: appID, side: side}); err != nil {
 			return err
 		}
@@ -543,7 +544,7 @@ func TestWriterGetsAway(t *testing.T) {
 	c.begin(nil) // returns
 	c.wake()
 	source.over.Store(true)
-	eventually(t, "all is written", func() bool { return c.turn.Load() == turnFree })
+	testkit.Eventually(t, "all is written", func() bool { return c.turn.Load() == turnFree })
 	c.timer.Stop()
 	near.Close()
 	if n := <-read; n < writeRounds {

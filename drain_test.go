@@ -1,16 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os/exec"
-	"path/filepath"
+	"parley/test/testkit"
 	"strings"
 	"sync"
 	"syscall"
@@ -246,17 +242,17 @@ func TestDrainsThousandSockets(t *testing.T) {
 		stalled      = 100 // more pairs, in which one does not read what the other sends
 		mute         = 100 // that never answer
 	)
-	server := startPlainBinary(t, "DRAIN_TIMEOUT="+drainTimeout.String(), "WS_MAX_MSG=65536", "LOG_LEVEL=warn", "MAX_CONNS=2000")
+	server := testkit.StartPlainBinary(t, "DRAIN_TIMEOUT="+drainTimeout.String(), "WS_MAX_MSG=65536", "LOG_LEVEL=warn", "MAX_CONNS=2000")
 	app := func(i int) string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", i) }
 	var ends sync.WaitGroup
 	for i := range pairs {
 		for _, side := range []string{"A", "B"} {
-			c := tcpClient(t, server.base, wsDial{appID: app(i), side: side}, nil)
+			c := tcpClient(t, server.Base, wsDial{appID: app(i), side: side}, nil)
 			ends.Go(func() { c.wantClosed(closeGoingAway, drainReason) })
 		}
 	}
 	for i := range mute {
-		tcpClient(t, server.base, wsDial{appID: app(pairs + stalled + i), side: "A"}, nil)
+		tcpClient(t, server.Base, wsDial{appID: app(pairs + stalled + i), side: "A"}, nil)
 	}
 	small := func(conn *net.TCPConn) {
 		conn.SetReadBuffer(16 << 10)
@@ -265,8 +261,8 @@ func TestDrainsThousandSockets(t *testing.T) {
 	text := masked(finText, `{"type":"ice","x":"`+strings.Repeat("x", 30_000)+`"}`)
 	senders := make([]*rawClient, stalled)
 	for i := range senders {
-		tcpClient(t, server.base, wsDial{appID: app(pairs + i), side: "B"}, small)
-		senders[i] = tcpClient(t, server.base, wsDial{appID: app(pairs + i), side: "A"}, small)
+		tcpClient(t, server.Base, wsDial{appID: app(pairs + i), side: "B"}, small)
+		senders[i] = tcpClient(t, server.Base, wsDial{appID: app(pairs + i), side: "A"}, small)
 	}
 	for _, a := range senders { // only now, for one who stalls is cut after a while
 		ends.Go(func() {
@@ -288,14 +284,14 @@ func TestDrainsThousandSockets(t *testing.T) {
 
 	// Their senders are held back once 1 MiB waits for each. Half of that will do:
 	// who stalls is cut off after 10 s, and a busy machine may take that long.
-	eventually(t, "the buffers are full", func() bool {
-		return binaryMetric(t, server, "parley_mailbox_bytes") >= stalled<<19
+	testkit.Eventually(t, "the buffers are full", func() bool {
+		return testkit.Metric(t, server, "parley_mailbox_bytes") >= stalled<<19
 	})
-	if n := binaryMetric(t, server, "parley_ws_connections"); n != 2*pairs+2*stalled+mute {
+	if n := testkit.Metric(t, server, "parley_ws_connections"); n != 2*pairs+2*stalled+mute {
 		t.Fatalf("%v connections, want %d", n, 2*pairs+2*stalled+mute)
 	}
 	start := time.Now()
-	exit := server.stop()
+	exit := server.Stop()
 	took := time.Since(start)
 	if took > drainTimeout {
 		t.Errorf("it took %v to stop, want at most %v", took, drainTimeout)
@@ -307,151 +303,10 @@ func TestDrainsThousandSockets(t *testing.T) {
 	ends.Wait()
 }
 
-// startPlainBinary is startBinary without the race detector, which would take
-// minutes to read what fills a hundred sockets.
-func startPlainBinary(t testing.TB, env ...string) *process {
-	t.Helper()
-	p := &process{t: t, path: filepath.Join(t.TempDir(), "parley"), out: &processOutput{}}
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", p.path, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	p.env = append([]string{"HOST=127.0.0.1", "PORT=0"}, env...)
-	t.Cleanup(p.cleanup)
-	p.start()
-	return p
-}
-
-// eventually asks over and over until ok, for the real server has a clock of its
-// own.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(stopDeadline)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not in time: %s", what)
-		}
-		<-tick.C
-	}
-}
-
-func binaryMetric(t testing.TB, p *process, name string) float64 {
-	t.Helper()
-	res, err := http.Get(p.url("/metrics"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, name+" "); ok {
-			var v float64
-			if err := json.Unmarshal([]byte(value), &v); err != nil {
-				t.Fatal(err)
-			}
-			return v
-		}
-	}
-	t.Fatalf("there is no metric %s", name)
-	return 0
-}
-
-// While it drains, the process says so; a request that is never finished does
-// not keep it beyond DRAIN_TIMEOUT.
-func TestDrainsDespiteHalfRequest(t *testing.T) {
-	server := startBinary(t, "DRAIN_TIMEOUT=2s")
-	half := halfRequest(t, server)
-	c := tcpClient(t, server.base, wsDial{appID: testApp, side: "A"}, nil)
-	mute := tcpClient(t, server.base, wsDial{appID: testApp, side: "B"}, nil)
-	mute.want(opText, frameRoomFull)
-	server.expected = true
-	start := time.Now()
-	server.signal(syscall.SIGINT)
-	c.wantClosed(closeGoingAway, drainReason)
-	res, err := http.Get(server.url("/readyz"))
-	if err != nil {
-		t.Fatal("while draining: ", err)
-	}
-	body, _ := io.ReadAll(res.Body)
-	res.Body.Close()
-	if res.StatusCode != 503 || !strings.Contains(string(body), `"draining"`) {
-		t.Errorf("readyz while draining: %s %s", res.Status, body)
-	}
-	io.Copy(io.Discard, half) // ends with the server
-	<-server.exited
-	if took := time.Since(start); took > 2*time.Second {
-		t.Errorf("it took %v to stop, want at most 2s", took)
-	}
-	if exit := server.cmd.ProcessState.ExitCode(); exit != 0 {
-		t.Errorf("exit status %d, want 0", exit)
-	}
-}
-
-// halfRequest begins a request and never ends it.
-func halfRequest(t testing.TB, p *process) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(p.base, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	io.WriteString(conn, "POST /rendezvous/code HTTP/1.1\r\nHost: parley.test\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n{")
-	// The server asks for the body when the handler has begun to read it.
-	b := make([]byte, 25)
-	if _, err := io.ReadFull(conn, b); err != nil || string(b) != "HTTP/1.1 100 Continue\r\n\r\n" {
-		t.Fatalf("half a request was answered %q, %v", b, err)
-	}
-	return conn
-}
-
-// A second signal ends at once what would still take its time.
-func TestSecondSignal(t *testing.T) {
-	server := startBinary(t, "DRAIN_TIMEOUT=1h")
-	halfRequest(t, server)
-	c := tcpClient(t, server.base, wsDial{appID: testApp, side: "A"}, nil)
-	server.expected = true
-	server.signal(syscall.SIGTERM)
-	c.wantClosed(closeGoingAway, drainReason) // so it has begun to drain
-	start := time.Now()
-	server.signal(syscall.SIGTERM)
-	select {
-	case <-server.exited:
-	case <-time.After(stopDeadline):
-		t.Fatal("still running after a second signal")
-	}
-	// Without it, it would wait for the request: 20 s.
-	if took := time.Since(start); took > 5*time.Second {
-		t.Errorf("it took %v to exit, want none", took)
-	}
-	if exit := server.cmd.ProcessState.ExitCode(); exit == 0 {
-		t.Error("exit status 0, as if it had drained")
-	}
-}
-
-// runToExit runs the binary until it ends.
-func runToExit(t testing.TB, args []string, env ...string) (exit int, stdout, stderr string) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), stopDeadline)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, buildBinary(t), args...)
-	cmd.Env = append([]string{"GORACE=atexit_sleep_ms=0", "HOST=127.0.0.1", "PORT=0"}, env...)
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
-	if exited := new(exec.ExitError); err != nil && !errors.As(err, &exited) || ctx.Err() != nil {
-		t.Fatal(err, ctx.Err(), errs.String())
-	}
-	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
-}
-
 func TestExitStatus(t *testing.T) {
 	t.Run("help", func(t *testing.T) {
 		for _, arg := range []string{"-h", "-help", "--help"} {
-			exit, stdout, stderr := runToExit(t, []string{arg}, "ROOM_TTL=nonsense")
+			exit, stdout, stderr := testkit.RunBinary(t, []string{arg}, "ROOM_TTL=nonsense")
 			if exit != 0 || stderr != "" {
 				t.Errorf("%s: exit status %d, want 0; %s", arg, exit, stderr)
 			}
@@ -463,7 +318,7 @@ func TestExitStatus(t *testing.T) {
 		}
 	})
 	t.Run("bad configuration", func(t *testing.T) {
-		exit, stdout, stderr := runToExit(t, []string{"-heartbeat", "never", "-code-digits=3"},
+		exit, stdout, stderr := testkit.RunBinary(t, []string{"-heartbeat", "never", "-code-digits=3"},
 			"ROOM_TTL=soon", "PORT=99999", "WS_MAX_MSG=-1", "LOG_LEVEL=loud", "TRUSTED_PROXIES=10.0.0.0/40",
 			"ENVIRONMENT=production", "DEV=true", "TLS_CERT_FILE=/nonexistent")
 		if exit != 2 || stdout != "" {
@@ -479,7 +334,7 @@ func TestExitStatus(t *testing.T) {
 		}
 	})
 	t.Run("unknown flag", func(t *testing.T) {
-		if exit, _, stderr := runToExit(t, []string{"-no-such-flag"}); exit != 2 || !strings.Contains(stderr, "no-such-flag") {
+		if exit, _, stderr := testkit.RunBinary(t, []string{"-no-such-flag"}); exit != 2 || !strings.Contains(stderr, "no-such-flag") {
 			t.Errorf("exit status %d, want 2; %s", exit, stderr)
 		}
 	})
@@ -490,9 +345,79 @@ func TestExitStatus(t *testing.T) {
 		}
 		defer l.Close()
 		_, port, _ := net.SplitHostPort(l.Addr().String())
-		exit, stdout, stderr := runToExit(t, nil, "PORT="+port)
+		exit, stdout, stderr := testkit.RunBinary(t, nil, "PORT="+port)
 		if exit != 1 || !strings.Contains(stderr, port) || strings.Contains(stdout, "listens") {
 			t.Errorf("exit status %d, want 1; %s%s", exit, stdout, stderr)
 		}
 	})
+}
+
+// While it drains, the process says so; a request that is never finished does
+// not keep it beyond DRAIN_TIMEOUT.
+func TestDrainsDespiteHalfRequest(t *testing.T) {
+	server := testkit.StartBinary(t, "DRAIN_TIMEOUT=2s")
+	half := halfRequest(t, server)
+	c := tcpClient(t, server.Base, wsDial{appID: testApp, side: "A"}, nil)
+	mute := tcpClient(t, server.Base, wsDial{appID: testApp, side: "B"}, nil)
+	mute.want(opText, frameRoomFull)
+	start := time.Now()
+	server.Signal(syscall.SIGINT)
+	c.wantClosed(closeGoingAway, drainReason)
+	res, err := http.Get(server.URL("/readyz"))
+	if err != nil {
+		t.Fatal("while draining: ", err)
+	}
+	body, _ := io.ReadAll(res.Body)
+	res.Body.Close()
+	if res.StatusCode != 503 || !strings.Contains(string(body), `"draining"`) {
+		t.Errorf("readyz while draining: %s %s", res.Status, body)
+	}
+	io.Copy(io.Discard, half) // ends with the server
+	<-server.Exited()
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("it took %v to stop, want at most 2s", took)
+	}
+	if exit := server.ExitCode(); exit != 0 {
+		t.Errorf("exit status %d, want 0", exit)
+	}
+}
+
+// halfRequest begins a request and never ends it.
+func halfRequest(t testing.TB, p *testkit.Process) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.Base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	io.WriteString(conn, "POST /rendezvous/code HTTP/1.1\r\nHost: parley.test\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n{")
+	// The server asks for the body when the handler has begun to read it.
+	b := make([]byte, 25)
+	if _, err := io.ReadFull(conn, b); err != nil || string(b) != "HTTP/1.1 100 Continue\r\n\r\n" {
+		t.Fatalf("half a request was answered %q, %v", b, err)
+	}
+	return conn
+}
+
+// A second signal ends at once what would still take its time.
+func TestSecondSignal(t *testing.T) {
+	server := testkit.StartBinary(t, "DRAIN_TIMEOUT=1h")
+	halfRequest(t, server)
+	c := tcpClient(t, server.Base, wsDial{appID: testApp, side: "A"}, nil)
+	server.Signal(syscall.SIGTERM)
+	c.wantClosed(closeGoingAway, drainReason) // so it has begun to drain
+	start := time.Now()
+	server.Signal(syscall.SIGTERM)
+	select {
+	case <-server.Exited():
+	case <-time.After(testkit.Patience):
+		t.Fatal("still running after a second signal")
+	}
+	// Without it, it would wait for the request: 20 s.
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %v to exit, want none", took)
+	}
+	if exit := server.ExitCode(); exit == 0 {
+		t.Error("exit status 0, as if it had drained")
+	}
 }

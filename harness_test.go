@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"parley/test/testkit"
 	"strings"
 	"sync"
 	"testing"
@@ -533,7 +534,7 @@ func (t *codeTable) invariants() error {
 // TestMain fails the suite when a goroutine is left over at its end.
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		removeBinary()
+		testkit.RemoveBinary()
 		os.Exit(code)
 	}))
 }

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"parley/test/testkit"
 	"runtime"
 	"slices"
 	"strconv"
@@ -363,7 +364,7 @@ func TestSlowRequests(t *testing.T) {
 
 // A handshake of TLS may take as long as a header may.
 func TestSlowHandshakes(t *testing.T) {
-	pair := writePair(t, t.TempDir(), 1)
+	pair := testkit.WritePair(t, t.TempDir(), 1)
 	for name, send := range map[string]func(net.Conn){
 		"nothing sent":           func(net.Conn) {},
 		"half a record":          func(c net.Conn) { io.WriteString(c, "\x16\x03\x01") },
@@ -373,7 +374,7 @@ func TestSlowHandshakes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				ts := newTestServer(t)
-				certificate, err := loadCertificate(pair.certFile, pair.keyFile, ts.server.log)
+				certificate, err := loadCertificate(pair.CertFile, pair.KeyFile, ts.server.log)
 				if err != nil {
 					t.Fatal(err)
 				}

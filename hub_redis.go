@@ -53,7 +53,7 @@ type hubCounts struct{ sessions, rooms, queued atomic.Int64 }
 
 // hubScripts are the scripts of a hub.
 type hubScripts struct {
-	open, join, leave, post, take, seat, tell, end, room, look, tick, owned *redisScript
+	open, join, leave, post, take, ack, held, report, tell, end, room, look, tick, owned *redisScript
 }
 
 func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScripts) {
@@ -80,7 +80,7 @@ func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScript
 	constant("MAX_GAPS", maxGaps)
 	constant("EPOCH_MS", seqEpoch().UnixMilli())
 	for name, script := range map[string]**redisScript{
-		"open": &s.open, "join": &s.join, "leave": &s.leave, "post": &s.post, "take": &s.take, "seat": &s.seat,
+		"open": &s.open, "join": &s.join, "leave": &s.leave, "post": &s.post, "take": &s.take, "ack": &s.ack, "held": &s.held, "report": &s.report,
 		"tell": &s.tell, "end": &s.end, "room": &s.room, "look": &s.look, "tick": &s.tick, "owned": &s.owned,
 	} {
 		files := []string{"session"}
@@ -707,7 +707,7 @@ func (m *redisSeat) Take(ctx context.Context, after uint64, budget int, buf []fr
 }
 
 func (m *redisSeat) Held(ctx context.Context) (bool, error) {
-	res, err := m.run(ctx, m.hub.scripts.seat, "held", 0)
+	res, err := m.run(ctx, m.hub.scripts.held)
 	held := err == nil && len(res) > 0 && luaInt(res[0]) == 1
 	m.held.Store(held)
 	return held, err
@@ -715,12 +715,12 @@ func (m *redisSeat) Held(ctx context.Context) (bool, error) {
 
 func (m *redisSeat) Ack(ctx context.Context, upTo uint64) error {
 	// Lua's numbers are exact up to 2^53, which no seq gets near.
-	_, err := m.run(ctx, m.hub.scripts.seat, "ack", min(upTo, 1<<53))
+	_, err := m.run(ctx, m.hub.scripts.ack, min(upTo, 1<<53))
 	return err
 }
 
 func (m *redisSeat) Report(ctx context.Context, o outcome) (since time.Duration, first bool, err error) {
-	res, err := m.run(ctx, m.hub.scripts.seat, "report", int(o))
+	res, err := m.run(ctx, m.hub.scripts.report, int(o))
 	if err == nil && len(res) < 2 {
 		err = errBackend
 	}

@@ -4,23 +4,17 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"parley/test/testkit"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -32,65 +26,14 @@ import (
 	"github.com/google/uuid"
 )
 
-// A testPair is a certificate for parley.test with its key, in files.
-type testPair struct {
-	certFile, keyFile string
-	serial            *big.Int
-	roots             *x509.CertPool // which trust it
-}
-
-// writePair makes a pair and writes its files into dir, over what is there.
-func writePair(t testing.TB, dir string, serial int64) testPair {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "parley.test"}, DNSNames: []string{"parley.test"},
-		NotBefore: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // before the clock of a bubble begins
-		NotAfter:  time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
-		IsCA:      true, BasicConstraintsValid: true,
-	}
-	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := testPair{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), template.SerialNumber, x509.NewCertPool()}
-	parsed, err := x509.ParseCertificate(cert)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.roots.AddCert(parsed)
-	writeFile(t, p.certFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})))
-	writeFile(t, p.keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})))
-	return p
-}
-
-func writeFile(t testing.TB, name, content string) {
-	t.Helper()
-	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// client returns the configuration of a client that trusts p alone.
-func (p testPair) client(protos ...string) *tls.Config {
-	return &tls.Config{RootCAs: p.roots, ServerName: "parley.test", NextProtos: protos}
-}
-
 func TestTLS(t *testing.T) {
-	pair := writePair(t, t.TempDir(), 1)
-	ts, addr := newLoopServer(t, "TLS_CERT_FILE="+pair.certFile, "TLS_KEY_FILE="+pair.keyFile)
+	pair := testkit.WritePair(t, t.TempDir(), 1)
+	ts, addr := newLoopServer(t, "TLS_CERT_FILE="+pair.CertFile, "TLS_KEY_FILE="+pair.KeyFile)
 	dial := func(c *tls.Config) (*tls.Conn, error) { return tls.Dial("tcp", addr, c) }
 
 	t.Run("versions", func(t *testing.T) {
 		for version, ok := range map[uint16]bool{tls.VersionTLS10: false, tls.VersionTLS11: false, tls.VersionTLS12: true, tls.VersionTLS13: true} {
-			config := pair.client()
+			config := pair.Client()
 			config.MinVersion, config.MaxVersion = version, version
 			c, err := dial(config)
 			if ok != (err == nil) {
@@ -113,7 +56,7 @@ func TestTLS(t *testing.T) {
 			{[]string{"h2", "http/1.1"}, "http/1.1"},
 			{[]string{"h2"}, "refused"},
 		} {
-			c, err := dial(pair.client(tc.offered...))
+			c, err := dial(pair.Client(tc.offered...))
 			got := "refused"
 			if err == nil {
 				got = c.ConnectionState().NegotiatedProtocol
@@ -126,7 +69,7 @@ func TestTLS(t *testing.T) {
 	})
 
 	t.Run("a pair relays", func(t *testing.T) {
-		v := victim{ts, func() (net.Conn, error) { return dial(pair.client("http/1.1")) }}
+		v := victim{ts, func() (net.Conn, error) { return dial(pair.Client("http/1.1")) }}
 		a, b := v.pair(t)
 		message := `{"type":"offer","sdp":"` + strings.Repeat("x", 100<<10) + `"}`
 		for range 3 {
@@ -205,8 +148,8 @@ func TestTLSOnPlainPort(t *testing.T) {
 func TestCertificateReload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, log := t.TempDir(), new(lockedBuffer)
-		current := writePair(t, dir, 1)
-		certificate, err := loadCertificate(current.certFile, current.keyFile, slog.New(slog.NewTextHandler(log, nil)))
+		current := testkit.WritePair(t, dir, 1)
+		certificate, err := loadCertificate(current.CertFile, current.KeyFile, slog.New(slog.NewTextHandler(log, nil)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -220,18 +163,18 @@ func TestCertificateReload(t *testing.T) {
 			f.web.Close()
 			served.Wait()
 		}()
-		serves := func(step string, want testPair) {
+		serves := func(step string, want testkit.Pair) {
 			t.Helper()
 			c, err := l.dial()
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			secure := tls.Client(c, want.client())
+			secure := tls.Client(c, want.Client())
 			if err := secure.Handshake(); err != nil {
 				t.Errorf("%s: %v", step, err)
-			} else if got := secure.ConnectionState().PeerCertificates[0].SerialNumber; got.Cmp(want.serial) != 0 {
-				t.Errorf("%s: certificate %v, want %v", step, got, want.serial)
+			} else if got := secure.ConnectionState().PeerCertificates[0].SerialNumber; got.Cmp(want.Serial) != 0 {
+				t.Errorf("%s: certificate %v, want %v", step, got, want.Serial)
 			}
 		}
 		logged := 0
@@ -263,37 +206,37 @@ func TestCertificateReload(t *testing.T) {
 		serves("at first", current)
 		settles("nothing has changed", 0, "")
 
-		current = writePair(t, dir, 2)
+		current = testkit.WritePair(t, dir, 2)
 		settles("both files are new", 1, "certificate reloaded")
 		serves("both files are new", current)
 
-		cert, key := read(current.certFile), read(current.keyFile)
-		writeFile(t, current.certFile, "no certificate")
+		cert, key := read(current.CertFile), read(current.KeyFile)
+		testkit.WriteFile(t, current.CertFile, "no certificate")
 		settles("the certificate is broken", 1, "level=ERROR")
 		serves("the certificate is broken", current)
 
-		writeFile(t, current.certFile, "no certificate either")
+		testkit.WriteFile(t, current.CertFile, "no certificate either")
 		settles("it is broken otherwise", 1, "level=ERROR")
 
-		writeFile(t, current.certFile, cert)
-		writeFile(t, current.keyFile, read(writePair(t, t.TempDir(), 9).keyFile))
+		testkit.WriteFile(t, current.CertFile, cert)
+		testkit.WriteFile(t, current.KeyFile, read(testkit.WritePair(t, t.TempDir(), 9).KeyFile))
 		settles("the key is that of another", 1, "level=ERROR")
 		serves("the key is that of another", current)
 
-		os.Remove(current.keyFile)
+		os.Remove(current.KeyFile)
 		settles("the key is missing", 1, "level=ERROR")
 		serves("the key is missing", current)
 
-		os.Remove(current.certFile)
+		os.Remove(current.CertFile)
 		settles("both are missing", 1, "level=ERROR")
 		serves("both are missing", current)
 
-		writeFile(t, current.keyFile, key)
-		writeFile(t, current.certFile, cert)
+		testkit.WriteFile(t, current.KeyFile, key)
+		testkit.WriteFile(t, current.CertFile, cert)
 		time.Sleep(10 * time.Second)
 		serves("the old pair is back", current)
 
-		current = writePair(t, dir, 3)
+		current = testkit.WritePair(t, dir, 3)
 		time.Sleep(10 * time.Second)
 		serves("a third pair", current)
 		if strings.Contains(log.String(), "PRIVATE KEY") {
@@ -302,76 +245,12 @@ func TestCertificateReload(t *testing.T) {
 	})
 }
 
-// runBinary runs the binary until it ends by itself.
-func runBinary(t testing.TB, args []string, env ...string) (exit int, stdout, stderr string) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), startDeadline)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, buildBinary(t), args...)
-	cmd.Env = append([]string{"GORACE=atexit_sleep_ms=0", "HOST=127.0.0.1", "PORT=0"}, env...)
-	var out, err bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &err
-	cmd.Run()
-	if ctx.Err() != nil {
-		t.Errorf("%q with %q was still running after %v", args, env, startDeadline)
-	}
-	return cmd.ProcessState.ExitCode(), out.String(), err.String()
-}
-
-func TestStartsOnlyWithWhatItNeeds(t *testing.T) {
-	dir := t.TempDir()
-	pair := writePair(t, dir, 1)
-	other := writePair(t, t.TempDir(), 2)
-	ordinary := filepath.Join(dir, "ordinary")
-	writeFile(t, ordinary, "kept")
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	_, port, _ := net.SplitHostPort(taken.Addr().String())
-	for _, tc := range []struct {
-		name string
-		env  []string
-		exit int
-		says []string
-	}{
-		{"certificate alone", []string{"TLS_CERT_FILE=" + pair.certFile}, 2, []string{"TLS_CERT_FILE needs TLS_KEY_FILE"}},
-		{"key alone", []string{"TLS_KEY_FILE=" + pair.keyFile}, 2, []string{"TLS_KEY_FILE needs TLS_CERT_FILE"}},
-		{"no such certificate", []string{"TLS_CERT_FILE=" + dir + "/none", "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", dir + "/none"}},
-		{"no such key", []string{"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + dir + "/none"}, 1, []string{"TLS_KEY_FILE", dir + "/none"}},
-		{"a directory", []string{"TLS_CERT_FILE=" + dir, "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", dir}},
-		{"another's key", []string{"TLS_CERT_FILE=" + pair.certFile, "TLS_KEY_FILE=" + other.keyFile}, 1, []string{"TLS_CERT_FILE", "private key does not match"}},
-		{"no PEM", []string{"TLS_CERT_FILE=" + ordinary, "TLS_KEY_FILE=" + pair.keyFile}, 1, []string{"TLS_CERT_FILE", "PEM"}},
-		{"port taken", []string{"PORT=" + port}, 1, []string{"address already in use", port}},
-		{"metrics port taken", []string{"METRICS_ADDR=127.0.0.1:" + port}, 1, []string{"METRICS_ADDR", "address already in use"}},
-		{"ordinary file", []string{"HOST=unix:" + ordinary}, 1, []string{ordinary, "is no socket"}},
-		{"no directory", []string{"HOST=unix:" + dir + "/none/socket"}, 1, []string{dir + "/none/socket", "no such file or directory"}},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			exit, stdout, stderr := runBinary(t, nil, tc.env...)
-			lines := strings.Split(strings.TrimSpace(stderr), "\n")
-			for _, part := range tc.says {
-				if !strings.Contains(lines[len(lines)-1], part) {
-					t.Errorf("the last line lacks %q:\n%s", part, stderr)
-				}
-			}
-			if exit != tc.exit || stdout != "" {
-				t.Errorf("exit status %d with %q on stdout, want %d and nothing", exit, stdout, tc.exit)
-			}
-		})
-	}
-	if kept, _ := os.ReadFile(ordinary); string(kept) != "kept" {
-		t.Errorf("the ordinary file now holds %q", kept)
-	}
-}
-
 // startOnSocket runs the binary on a socket file and waits until it answers
 // there. stop sends SIGTERM and returns the exit status.
 func startOnSocket(t *testing.T, path string, env ...string) (stop func() int) {
 	t.Helper()
-	out := &processOutput{}
-	cmd := exec.Command(buildBinary(t))
+	out := &testkit.Output{}
+	cmd := exec.Command(testkit.BuildBinary(t))
 	cmd.Env = append([]string{"GORACE=atexit_sleep_ms=0", "HOST=unix:" + path}, env...)
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
@@ -379,7 +258,7 @@ func startOnSocket(t *testing.T, path string, env ...string) (stop func() int) {
 	}
 	stop = sync.OnceValue(func() int {
 		cmd.Process.Signal(syscall.SIGTERM)
-		kill := time.AfterFunc(stopDeadline, func() { cmd.Process.Kill() })
+		kill := time.AfterFunc(testkit.Patience, func() { cmd.Process.Kill() })
 		defer kill.Stop()
 		cmd.Wait()
 		return cmd.ProcessState.ExitCode()
@@ -390,7 +269,7 @@ func startOnSocket(t *testing.T, path string, env ...string) (stop func() int) {
 			t.Logf("the server printed:\n%s", out)
 		}
 	})
-	for deadline := time.Now().Add(startDeadline); !strings.Contains(out.String(), "listens on unix:"+path+"\n"); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(testkit.Patience); !strings.Contains(out.String(), "listens on unix:"+path+"\n"); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the server did not say that it listens")
 		}
@@ -446,7 +325,7 @@ func TestSocketFile(t *testing.T) {
 	b.want(t, `{"type":"offer"}`)
 
 	// A second server must not take the file away from the first.
-	if exit, _, stderr := runBinary(t, nil, "HOST=unix:"+path); exit != 1 || !strings.Contains(stderr, "another process listens there") {
+	if exit, _, stderr := testkit.RunBinary(t, nil, "HOST=unix:"+path); exit != 1 || !strings.Contains(stderr, "another process listens there") {
 		t.Errorf("a second server: exit status %d\n%s", exit, stderr)
 	}
 	if res, err := socketClient(path).Get("http://localhost/healthz"); err != nil || res.StatusCode != http.StatusOK {
@@ -644,20 +523,18 @@ const crowdedFiles = 128
 // Whatever is opened and left lying about, a server out of files answers, and
 // those who talk go on.
 func TestOpenFileLimit(t *testing.T) {
-	start := func(t *testing.T, env ...string) (*process, victim) {
+	start := func(t *testing.T, env ...string) (*testkit.Process, victim) {
 		script := filepath.Join(t.TempDir(), "few-files")
-		if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nulimit -n %d && exec %s\n", crowdedFiles, buildBinary(t)), 0o700); err != nil {
+		if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nulimit -n %d && exec %s\n", crowdedFiles, testkit.BuildBinary(t)), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		p := &process{t: t, path: script, out: &processOutput{}, env: append([]string{"GORACE=atexit_sleep_ms=0", "HOST=127.0.0.1", "PORT=0"}, env...)}
-		t.Cleanup(p.cleanup)
-		p.start()
-		return p, victim{connect: func() (net.Conn, error) { return net.Dial("tcp", strings.TrimPrefix(p.base, "http://")) }}
+		p := testkit.StartFile(t, script, env...)
+		return p, victim{connect: func() (net.Conn, error) { return net.Dial("tcp", strings.TrimPrefix(p.Base, "http://")) }}
 	}
-	healthy := func(t *testing.T, p *process) {
+	healthy := func(t *testing.T, p *testkit.Process) {
 		t.Helper()
 		client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-		res, err := client.Get(p.url("/healthz"))
+		res, err := client.Get(p.URL("/healthz"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -668,7 +545,7 @@ func TestOpenFileLimit(t *testing.T) {
 	}
 	// crowd opens connections that say this much and no more, and looks after the
 	// server's health all the while.
-	crowd := func(t *testing.T, p *process, addr string, n int, says string) {
+	crowd := func(t *testing.T, p *testkit.Process, addr string, n int, says string) {
 		t.Helper()
 		for i := range n {
 			c, err := net.Dial("tcp", addr)
@@ -692,7 +569,7 @@ func TestOpenFileLimit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p, v := start(t)
 			a, b := v.pair(t)
-			crowd(t, p, strings.TrimPrefix(p.base, "http://"), 3*crowdedFiles, says)
+			crowd(t, p, strings.TrimPrefix(p.Base, "http://"), 3*crowdedFiles, says)
 			a.write(t, textFrame(`{"type":"offer"}`))
 			b.want(t, `{"type":"offer"}`)
 		})
@@ -734,7 +611,7 @@ func TestOpenFileLimit(t *testing.T) {
 		if want := crowdedFiles / 10 * 9; open != want {
 			t.Errorf("%d WebSockets were open, want %d", open, want)
 		}
-		crowd(t, p, strings.TrimPrefix(p.base, "http://"), crowdedFiles, "")
+		crowd(t, p, strings.TrimPrefix(p.Base, "http://"), crowdedFiles, "")
 		a.write(t, textFrame(`{"type":"offer"}`))
 		b.want(t, `{"type":"offer"}`)
 		b.write(t, textFrame(`{"type":"answer"}`))
@@ -744,7 +621,7 @@ func TestOpenFileLimit(t *testing.T) {
 		a.closed()
 		a.Close()
 		b.want(t, framePeerLeft)
-		for deadline := time.Now().Add(startDeadline); ; time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(testkit.Patience); ; time.Sleep(10 * time.Millisecond) {
 			c, err := v.connect()
 			if err != nil {
 				t.Fatal(err)

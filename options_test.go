@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"parley/test/testkit"
 	"slices"
 	"strings"
 	"sync"
@@ -78,15 +79,15 @@ func optionTests() map[string]func(*testing.T) {
 		}
 	}
 	tlsTest := func(t *testing.T) {
-		pair := writePair(t, t.TempDir(), 77)
-		_, addr := newLoopServer(t, "TLS_CERT_FILE="+pair.certFile, "TLS_KEY_FILE="+pair.keyFile)
-		c, err := tls.Dial("tcp", addr, pair.client())
+		pair := testkit.WritePair(t, t.TempDir(), 77)
+		_, addr := newLoopServer(t, "TLS_CERT_FILE="+pair.CertFile, "TLS_KEY_FILE="+pair.KeyFile)
+		c, err := tls.Dial("tcp", addr, pair.Client())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		if got := c.ConnectionState().PeerCertificates[0].SerialNumber; got.Cmp(pair.serial) != 0 {
-			t.Errorf("certificate %v, want %v", got, pair.serial)
+		if got := c.ConnectionState().PeerCertificates[0].SerialNumber; got.Cmp(pair.Serial) != 0 {
+			t.Errorf("certificate %v, want %v", got, pair.Serial)
 		}
 	}
 	// refusedAfter opens WebSockets until the n+1st is refused.
@@ -124,7 +125,7 @@ func optionTests() map[string]func(*testing.T) {
 			ts, _ := newLoopServer(t, setting)
 			status(t, "no token", ts.call(http.MethodPost, "/api/rooms", ""), http.StatusUnauthorized, "unauthorized")
 			token := "Authorization: Bearer " + signToken(t, method, key, goodClaims(), nil)
-			eventually(t, "a good token opens a room", func() bool {
+			testkit.Eventually(t, "a good token opens a room", func() bool {
 				return ts.call(http.MethodPost, "/api/rooms", "", token).status == http.StatusCreated
 			})
 		}
@@ -315,9 +316,9 @@ func optionTests() map[string]func(*testing.T) {
 				}
 			}
 			for format, isJSON := range map[string]bool{"text": false, "json": true} {
-				server := startBinary(t, "LOG_FORMAT="+format)
-				server.stop()
-				printed(format, isJSON, server.output())
+				server := testkit.StartBinary(t, "LOG_FORMAT="+format)
+				server.Stop()
+				printed(format, isJSON, server.Output())
 				for _, wrong := range []string{"ROOM_TTL=soon", "REDIS_PORT=0", "HOST=192.0.2.1"} {
 					var out bytes.Buffer
 					if status := run(nil, environ("LOG_FORMAT="+format, "PORT=0", wrong), &out, &out); status == 0 {
@@ -690,67 +691,6 @@ func (c readSpied) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-func TestStartsWithHelp(t *testing.T) {
-	exit, stdout, stderr := runBinary(t, []string{"-h"}, "PORT=none") // problems do not keep help away
-	var usage bytes.Buffer
-	writeUsage(&usage)
-	if exit != 0 || stdout != usage.String() || stderr != "" {
-		t.Errorf("-h: exit status %d\n%s\n%s", exit, stdout, stderr)
-	}
-}
-
-func TestStartsWithProblems(t *testing.T) {
-	exit, stdout, stderr := runBinary(t, []string{"-bogus", "-heartbeat", "soon"},
-		"PORT=http", "ROOM_TTL=10", "TLS_KEY_FILE=key.pem", "ENVIRONMENT=production", "DEV=true",
-		"CORS_ORIGINS=https://me:hunter2@a.example", "CODE_DIGITS=5", "CODE_DIGITS_MAX=4")
-	for _, want := range []string{
-		"-bogus is not a flag", "-heartbeat (HEARTBEAT) must be a duration", "PORT must be", "ROOM_TTL must have a unit", "TLS_KEY_FILE needs TLS_CERT_FILE",
-		"ENVIRONMENT=production contradicts DEV=true", "CORS_ORIGINS must", "CODE_DIGITS_MAX must not be below CODE_DIGITS",
-	} {
-		if strings.Count("\n"+stderr, "\n"+want) != 1 {
-			t.Errorf("stderr lacks a line with %q", want)
-		}
-	}
-	if lines := strings.Count(stderr, "\n"); exit != 2 || lines != 8 || stdout != "" || strings.Contains(stderr, "hunter2") {
-		t.Errorf("exit status %d with %d lines, want 2 with 8\n%s%s", exit, lines, stdout, stderr)
-	}
-}
-
-// What the server starts with is logged, whoever set it, and no secret is.
-func TestEffectiveConfiguration(t *testing.T) {
-	const secret = "hunter2-hunter2-hunter2-hunter2-hunter2"
-	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8", "TURN_URLS=turn:a.example", "REDIS_URL=redis://:" + secret + "@127.0.0.1:1"}
-	for _, o := range configOptions(new(config)) {
-		if o.secret && o.name != "REDIS_URL" && o.name != "REDIS_PASSWORD" { // of which only one may be given
-			env = append(env, o.name+"="+secret)
-		}
-	}
-	server := startBinary(t, env...)
-	var starting map[string]string
-	for line := range strings.Lines(server.output()) {
-		if json.Unmarshal([]byte(line), &starting) == nil && starting["msg"] == "starting" {
-			break
-		}
-	}
-	for _, o := range configOptions(new(config)) {
-		got, ok := starting[o.name]
-		if !ok {
-			t.Errorf("%s is not logged", o.name)
-		}
-		if o.secret && got != "***" && o.name != "REDIS_PASSWORD" {
-			t.Errorf("%s is logged as %q", o.name, got)
-		}
-	}
-	for name, want := range map[string]string{"ROOM_TTL": "1m30s", "HOST": "127.0.0.1", "TRUSTED_PROXIES": "10.0.0.0/8", "MAX_SESSIONS": "100000"} {
-		if got := starting[name]; got != want {
-			t.Errorf("%s is logged as %q, want %q", name, got, want)
-		}
-	}
-	if strings.Contains(server.output(), secret) || strings.Contains(server.output(), "DEV=false") {
-		t.Errorf("a secret was printed, or a needless warning:\n%s", server.output())
-	}
-}
-
 // A developer who reads text sees what was changed, everyone else all.
 func TestStartLogsSettings(t *testing.T) {
 	for _, tt := range []struct {
@@ -858,5 +798,66 @@ func TestNothingSecretInLogs(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Log(log)
+	}
+}
+
+func TestStartsWithHelp(t *testing.T) {
+	exit, stdout, stderr := testkit.RunBinary(t, []string{"-h"}, "PORT=none") // problems do not keep help away
+	var usage bytes.Buffer
+	writeUsage(&usage)
+	if exit != 0 || stdout != usage.String() || stderr != "" {
+		t.Errorf("-h: exit status %d\n%s\n%s", exit, stdout, stderr)
+	}
+}
+
+func TestStartsWithProblems(t *testing.T) {
+	exit, stdout, stderr := testkit.RunBinary(t, []string{"-bogus", "-heartbeat", "soon"},
+		"PORT=http", "ROOM_TTL=10", "TLS_KEY_FILE=key.pem", "ENVIRONMENT=production", "DEV=true",
+		"CORS_ORIGINS=https://me:hunter2@a.example", "CODE_DIGITS=5", "CODE_DIGITS_MAX=4")
+	for _, want := range []string{
+		"-bogus is not a flag", "-heartbeat (HEARTBEAT) must be a duration", "PORT must be", "ROOM_TTL must have a unit", "TLS_KEY_FILE needs TLS_CERT_FILE",
+		"ENVIRONMENT=production contradicts DEV=true", "CORS_ORIGINS must", "CODE_DIGITS_MAX must not be below CODE_DIGITS",
+	} {
+		if strings.Count("\n"+stderr, "\n"+want) != 1 {
+			t.Errorf("stderr lacks a line with %q", want)
+		}
+	}
+	if lines := strings.Count(stderr, "\n"); exit != 2 || lines != 8 || stdout != "" || strings.Contains(stderr, "hunter2") {
+		t.Errorf("exit status %d with %d lines, want 2 with 8\n%s%s", exit, lines, stdout, stderr)
+	}
+}
+
+// What the server starts with is logged, whoever set it, and no secret is.
+func TestEffectiveConfiguration(t *testing.T) {
+	const secret = "hunter2-hunter2-hunter2-hunter2-hunter2"
+	env := []string{"ROOM_TTL=90s", "LOG_FORMAT=json", "TRUSTED_PROXIES=10.1.2.3/8", "TURN_URLS=turn:a.example", "REDIS_URL=redis://:" + secret + "@127.0.0.1:1"}
+	for _, o := range configOptions(new(config)) {
+		if o.secret && o.name != "REDIS_URL" && o.name != "REDIS_PASSWORD" { // of which only one may be given
+			env = append(env, o.name+"="+secret)
+		}
+	}
+	server := testkit.StartBinary(t, env...)
+	var starting map[string]string
+	for line := range strings.Lines(server.Output()) {
+		if json.Unmarshal([]byte(line), &starting) == nil && starting["msg"] == "starting" {
+			break
+		}
+	}
+	for _, o := range configOptions(new(config)) {
+		got, ok := starting[o.name]
+		if !ok {
+			t.Errorf("%s is not logged", o.name)
+		}
+		if o.secret && got != "***" && o.name != "REDIS_PASSWORD" {
+			t.Errorf("%s is logged as %q", o.name, got)
+		}
+	}
+	for name, want := range map[string]string{"ROOM_TTL": "1m30s", "HOST": "127.0.0.1", "TRUSTED_PROXIES": "10.0.0.0/8", "MAX_SESSIONS": "100000"} {
+		if got := starting[name]; got != want {
+			t.Errorf("%s is logged as %q, want %q", name, got, want)
+		}
+	}
+	if strings.Contains(server.Output(), secret) || strings.Contains(server.Output(), "DEV=false") {
+		t.Errorf("a secret was printed, or a needless warning:\n%s", server.Output())
 	}
 }

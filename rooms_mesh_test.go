@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"parley/test/testkit"
 	"slices"
 	"strings"
 	"sync"
@@ -64,7 +65,7 @@ type meshClient struct {
 }
 
 func meshContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), stopDeadline)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -306,8 +307,8 @@ func meshRush(ctx context.Context, t testing.TB, addr string, d wsDial, n int) (
 // whoever is away and however many try; and who comes back was never gone.
 func TestMeshOfEight(t *testing.T) {
 	const players, candidates, rush = 8, 3, 50
-	server := startBinary(t, "ROOMS=open")
-	addr := strings.TrimPrefix(server.base, "http://")
+	server := testkit.StartBinary(t, "ROOMS=open")
+	addr := strings.TrimPrefix(server.Base, "http://")
 	ctx := meshContext(t)
 	room := meshOpen(t, addr, fmt.Sprintf(`{"maxPlayers":%d}`, players))
 
@@ -382,7 +383,7 @@ func TestMeshOfEight(t *testing.T) {
 	lost.tcp.SetLinger(0)
 	lost.tcp.Close()
 	<-lost.done
-	eventually(t, "the server has noticed", func() bool { return binaryMetric(t, server, "parley_ws_connections") == players-1 })
+	testkit.Eventually(t, "the server has noticed", func() bool { return testkit.Metric(t, server, "parley_ws_connections") == players-1 })
 	rushed("as one is away")
 	for _, c := range others {
 		all.Go(func() { trickle(c, lost.join.From) })
@@ -432,8 +433,8 @@ func TestMeshOfEight(t *testing.T) {
 // A full room, all of it behind one address, comes in at once with the right code
 // and the right password: nobody has guessed wrong, so nobody is refused.
 func TestMeshComesInAtOnce(t *testing.T) {
-	server := startBinary(t, "ROOMS=open")
-	addr := strings.TrimPrefix(server.base, "http://")
+	server := testkit.StartBinary(t, "ROOMS=open")
+	addr := strings.TrimPrefix(server.Base, "http://")
 	ctx := meshContext(t)
 	for _, password := range []string{"", "open sesame"} {
 		room := meshOpen(t, addr, fmt.Sprintf(`{"maxPlayers":%d,"password":%q}`, maxPlayers, password))
@@ -493,8 +494,8 @@ func meshJudge(t testing.TB, c *meshClient, all []*meshClient, frames []meshFram
 // What rooms are for: each of four has a data channel with each other.
 func TestMeshConnects(t *testing.T) {
 	const players = 4
-	server := startBinary(t, "ROOMS=open")
-	addr := strings.TrimPrefix(server.base, "http://")
+	server := testkit.StartBinary(t, "ROOMS=open")
+	addr := strings.TrimPrefix(server.Base, "http://")
 	ctx := meshContext(t)
 	room := meshOpen(t, addr, "")
 	said, failed := make(chan string), make(chan error, 1)
@@ -665,7 +666,7 @@ func (p *meshPeer) link(to string) (*meshLink, error) {
 	if l := p.links[to]; l != nil {
 		return l, nil
 	}
-	pc, err := rtcLoopback().NewPeerConnection(webrtc.Configuration{})
+	pc, err := testkit.WebRTCLoopback().NewPeerConnection(webrtc.Configuration{})
 	if err != nil {
 		return nil, err
 	}
@@ -735,7 +736,7 @@ func TestSlowMember(t *testing.T) {
 	ctx := meshContext(t)
 	room := meshOpen(t, addr, "")
 	slow := tcpClient(t, "http://"+addr, wsDial{room: room.RoomID, name: "slow"}, func(c *net.TCPConn) { c.SetReadBuffer(32 << 10) })
-	slow.conn.SetDeadline(time.Now().Add(stopDeadline))
+	slow.conn.SetDeadline(time.Now().Add(testkit.Patience))
 	self, err := meshNext(slow)
 	if err != nil {
 		t.Fatal(err)
@@ -853,7 +854,7 @@ func TestSlowMember(t *testing.T) {
 	if outSince == most {
 		t.Fatal("the slow one is not put out")
 	}
-	eventually(t, "its close is counted", func() bool { return ts.metric(`parley_ws_closes_total{code="4408"}`) == 1 })
+	testkit.Eventually(t, "its close is counted", func() bool { return ts.metric(`parley_ws_closes_total{code="4408"}`) == 1 })
 	if n := ts.metric("parley_ws_connections"); n != players-1 {
 		t.Errorf("%v connections, want %d", n, players-1)
 	}

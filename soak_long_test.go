@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os/exec"
+	"parley/test/testkit"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -550,12 +551,10 @@ func buildPlain(t *testing.T) string {
 }
 
 // startPlain is startBinary with that binary.
-func startPlain(t *testing.T, env ...string) (p *process, addr string) {
+func startPlain(t *testing.T, env ...string) (p *testkit.Process, addr string) {
 	t.Helper()
-	p = &process{t: t, path: buildPlain(t), out: &processOutput{}, env: append([]string{"HOST=127.0.0.1", "PORT=0"}, env...)}
-	t.Cleanup(p.cleanup)
-	p.start()
-	return p, strings.TrimPrefix(p.base, "http://")
+	p = testkit.StartFile(t, buildPlain(t), env...)
+	return p, strings.TrimPrefix(p.Base, "http://")
 }
 
 // healthTimeout is when there is no answer, rather than a slow one.
@@ -569,14 +568,14 @@ type watch struct {
 }
 
 // watchServer starts a watch. Its numbers are for after stop.
-func watchServer(t *testing.T, p *process) *watch {
+func watchServer(t *testing.T, p *testkit.Process) *watch {
 	w, quit := new(watch), make(chan struct{})
 	client := &http.Client{Timeout: healthTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 	var watching sync.WaitGroup
 	watching.Go(func() {
 		for {
 			start := time.Now()
-			res, err := client.Get(p.url("/healthz"))
+			res, err := client.Get(p.URL("/healthz"))
 			if err != nil || res.StatusCode != http.StatusOK {
 				t.Errorf("/healthz: %v, %v", res, err)
 			} else {
@@ -600,9 +599,9 @@ func watchServer(t *testing.T, p *process) *watch {
 }
 
 // number returns a series of the server's /metrics.
-func number(t *testing.T, p *process, series string) float64 {
+func number(t *testing.T, p *testkit.Process, series string) float64 {
 	client := &http.Client{Timeout: healthTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
-	res, err := client.Get(p.url("/metrics"))
+	res, err := client.Get(p.URL("/metrics"))
 	if err != nil {
 		t.Error(err)
 		return 0
@@ -623,7 +622,7 @@ func number(t *testing.T, p *process, series string) float64 {
 }
 
 // falls waits until a series is at most so much.
-func falls(t *testing.T, p *process, series string, to float64, within time.Duration) {
+func falls(t *testing.T, p *testkit.Process, series string, to float64, within time.Duration) {
 	t.Helper()
 	for deadline := time.Now().Add(within); ; time.Sleep(200 * time.Millisecond) {
 		n := number(t, p, series)
@@ -990,7 +989,7 @@ func TestLongSlowReader(t *testing.T) {
 	if took := time.Since(start); took < stallTimeout || took > stallTimeout+2*time.Second {
 		t.Errorf("the partner was told after %v, want 10 s and a little", took)
 	}
-	b.conn.SetReadDeadline(time.Now().Add(stopDeadline))
+	b.conn.SetReadDeadline(time.Now().Add(testkit.Patience))
 	b.wantCut()
 	if n := ts.metric(`parley_ws_closes_total{code="4408"}`); n != 1 {
 		t.Errorf("%v closes counted as 4408, want 1", n)
@@ -1007,3 +1006,5 @@ func TestLongSlowReader(t *testing.T) {
 		c.conn.Close()
 	}
 }
+
+func TestLongHubsInLockstep(t *testing.T) { testHubsInLockstep(t, 40) }

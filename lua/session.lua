@@ -464,3 +464,10 @@ end
 local function lastSeq(s, name)
   return tonumber(get(s, name .. ':s') or get(s, 'F')) or math.max(math.floor(num(s, 'C') / 1000) - EPOCH_MS, 0)
 end
+
+-- refusal returns the reply to who does not hold a seat, or nil.
+local function refusal(s, name, holding)
+  fetch(s, 'k', name .. ':h')
+  if not get(s, 'k') then return reply('gone') end
+  if holder(s, name) ~= holding then return reply('replaced') end
+end
