@@ -1468,6 +1468,12 @@ func (r *roomRun) judgePosts(before []roomRunSeat) error {
 	}
 	flooded := map[string]bool{}
 	for _, m := range r.members {
+		// Also for one who came back and left within this step: until then it was away.
+		for _, x := range posted {
+			if x.reaches(m) {
+				m.waiting++
+			}
+		}
 		if !m.gone {
 			if err := r.judgeReceiver(m, posted); err != nil {
 				return fmt.Errorf("person %d as %s: %w", m.conns[0].person.no, m.id, err)
@@ -1502,6 +1508,11 @@ func (r *roomRun) judgePosts(before []roomRunSeat) error {
 	return nil
 }
 
+// reaches reports whether x was sent to m, by name or to all others.
+func (x *roomRunPost) reaches(m *roomRunMember) bool {
+	return x.conn.member != m && (x.to == "" || x.to == m.id)
+}
+
 // judgeReceiver judges whether m has what it should, and notes what is to come.
 func (r *roomRun) judgeReceiver(m *roomRunMember, posted []*roomRunPost) error {
 	made, ended := false, false
@@ -1516,10 +1527,9 @@ func (r *roomRun) judgeReceiver(m *roomRunMember, posted []*roomRunPost) error {
 	stillAway := m.away && !made
 	for _, x := range posted {
 		from := x.conn.member
-		if from == m || x.to != "" && x.to != m.id {
+		if !x.reaches(m) {
 			continue
 		}
-		m.waiting++
 		accepted := x.conn.open() && x.refused == ""
 		switch {
 		case stillAway && accepted && !from.gone:
