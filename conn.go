@@ -57,7 +57,7 @@ type connOptions struct {
 	partial             *budget // the part of queued that is half-received messages
 	metrics             *metrics
 	start               time.Time // when the server started; times are counted from it
-	tasks               *sync.WaitGroup
+	tasks               *taskGroup
 }
 
 // A source is what a connection writes besides answers. take and appendPresence

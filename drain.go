@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -91,6 +92,42 @@ func (s *clientSet) each(f func(*client)) {
 	}
 }
 
+// A taskGroup counts goroutines that work for connections. Unlike with a
+// sync.WaitGroup more may begin while somebody waits: whoever is refused during a
+// drain is told, which may take one.
+type taskGroup struct {
+	running atomic.Int64
+	idle    chan struct{} // of capacity 1: has a token if none ran at some time
+}
+
+func newTaskGroup() *taskGroup { return &taskGroup{idle: make(chan struct{}, 1)} }
+
+// Go runs f in a goroutine.
+func (g *taskGroup) Go(f func()) {
+	g.running.Add(1)
+	go func() {
+		defer g.done()
+		f()
+	}()
+}
+
+func (g *taskGroup) done() {
+	if g.running.Add(-1) > 0 {
+		return
+	}
+	select {
+	case g.idle <- struct{}{}:
+	default:
+	}
+}
+
+// wait returns once there was a moment at which none ran. One may wait at a time.
+func (g *taskGroup) wait() {
+	for g.running.Load() > 0 {
+		<-g.idle
+	}
+}
+
 // drain takes nothing new, closes every connection with 1001, and returns when
 // they are gone, and all that worked for them. Those left when ctx is done, or
 // closeGrace is over, are cut. What hangs even then is left behind.
@@ -108,7 +145,7 @@ func (s *server) drain(ctx context.Context) {
 	finished := make(chan struct{})
 	go func() {
 		<-drained
-		s.tasks.Wait()
+		s.tasks.wait()
 		close(finished)
 	}()
 	select {

@@ -9,6 +9,7 @@ import (
 	"parley/test/testkit"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -182,6 +183,29 @@ func TestDrainTimeout(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Tasks may begin while somebody waits for the others: no wait is missed for it, and
+// none is forever.
+func TestTaskGroup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for range 500 {
+			g, ended := newTaskGroup(), new(atomic.Bool)
+			g.Go(func() {
+				time.Sleep(time.Second)
+				ended.Store(true)
+			})
+			for range 3 {
+				go g.Go(func() {})
+			}
+			g.wait()
+			if !ended.Load() {
+				t.Fatal("a task was not waited for")
+			}
+			go g.Go(func() {})
+			g.wait()
+		}
+	})
 }
 
 // No connection escapes that comes while the drain begins.

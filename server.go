@@ -74,7 +74,7 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 			partial:    &budget{limit: queued.limit},
 			metrics:    m,
 			start:      time.Now(),
-			tasks:      new(sync.WaitGroup),
+			tasks:      newTaskGroup(),
 		},
 		clients: clientSet{max: l.conns, all: make(map[*client]struct{})},
 	}
