@@ -140,25 +140,27 @@ func codeErrors(t testing.TB) map[string]apiErrorCode {
 		for _, elt := range lit.Elts {
 			switch field := elt.(*ast.KeyValueExpr); nameOf(field.Key) {
 			case "status":
-				if e.status = statuses()[nameOf(field.Value)]; e.status == 0 {
-					t.Fatalf("there is no HTTP status %s", nameOf(field.Value))
-				}
+				e.status = statuses()[nameOf(field.Value)]
 			case "code":
-				if code, known = textOf(field.Value); !known && nameOf(field.Value) != "code" { // that of badRequest
-					t.Fatalf("an apiError has a code that is no literal")
-				}
+				code, known = textOf(field.Value)
 			case "closeCode":
-				if e.close = closes[nameOf(field.Value)]; e.close == 0 {
-					t.Fatalf("there is no close code %s", nameOf(field.Value))
-				}
+				e.close = closes[nameOf(field.Value)]
 			case "closeReason":
 				e.closed = true
 			}
 		}
-		if known {
+		if known && e.status == 0 {
+			t.Fatalf("the status of %s is none of net/http's", code)
+		} else if known { // not where it is a variable: of badRequest, and of errorMeanings
 			add(code, e)
 		}
 	})
+	add(codeUnavailable, apiErrorCode{status: http.StatusServiceUnavailable, close: int(closeCapacity)})
+	for _, m := range errorMeanings {
+		if m.status != 0 {
+			add(m.code, apiErrorCode{status: m.status, close: int(m.close), closed: m.reason != ""})
+		}
+	}
 	inspect(t, func(call *ast.CallExpr) {
 		if nameOf(call.Fun) == "badRequest" {
 			code, ok := textOf(call.Args[0])
@@ -178,12 +180,16 @@ func codeFrameErrors(t testing.TB) (codes []string) {
 		if nameOf(lit.Type) != "frameError" {
 			return
 		}
-		code, ok := textOf(lit.Elts[0])
-		if !ok {
-			t.Fatal("a frameError has a code that is no literal")
+		if code, ok := textOf(lit.Elts[0]); ok { // not that of errorMeanings
+			codes = append(codes, code)
 		}
-		codes = append(codes, code)
 	})
+	codes = append(codes, codeUnavailable)
+	for _, m := range errorMeanings {
+		if m.frame != "" {
+			codes = append(codes, m.frame)
+		}
+	}
 	return codes
 }
 

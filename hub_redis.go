@@ -150,16 +150,6 @@ type redisSeat struct {
 // errBackend is wrapped by what says that Redis has answered nonsense.
 var errBackend = errors.New("redis: an answer nobody understands")
 
-// hubErrors are the errors in the words of scripts.
-var hubErrors = map[string]error{
-	"gone": errGone, "taken": errTaken, "capacity": errCapacity, "toomany": errTooMany, "busy": errBusy,
-	"password": errWrongPassword, "locked": errLocked, "full": errRoomFull, "takeovers": errTakeovers,
-	"replaced": errReplaced, "nopeer": errNoPeer, "absent": errPeerAbsent, "beyond": errBeyond,
-}
-
-// postErrors are those that post has other words for.
-var postErrors = map[string]error{"full": errMailFull, "capacity": errOverCapacity}
-
 // run runs a script on sessions, passes on what it says to connections, and
 // returns what else it answers.
 func (h *redisHub) run(ctx context.Context, s *redisScript, sessions []string, args ...any) (answer []any, err error) {
@@ -185,13 +175,14 @@ func (h *redisHub) run(ctx context.Context, s *redisScript, sessions []string, a
 	for _, message := range luaList(res[1]) {
 		h.deliver(luaText(message))
 	}
-	switch status := luaText(res[0]); {
-	case status == "ok":
+	status := luaText(res[0])
+	if status == "ok" {
 		return res[3:], nil
-	case s == h.scripts.post && postErrors[status] != nil:
-		return res[3:], postErrors[status]
-	case hubErrors[status] != nil:
-		return res[3:], hubErrors[status]
+	}
+	for _, m := range errorMeanings {
+		if m.script == status {
+			return res[3:], m.err
+		}
 	}
 	return nil, errBackend
 }
@@ -428,14 +419,7 @@ func (h *redisHub) Join(ctx context.Context, id sessionID, r joinRequest, notify
 
 // isNamed reports whether err is one that says what has not happened.
 func isNamed(err error) bool {
-	for _, all := range []map[string]error{hubErrors, postErrors} {
-		for _, named := range all {
-			if errors.Is(err, named) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(errorMeanings, func(m errorMeaning) bool { return m.script != "" && errors.Is(err, m.err) })
 }
 
 // join seats m; again says that it was seated before and has lost that.

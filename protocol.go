@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"sync"
@@ -255,20 +254,8 @@ const (
 	maxRef     = 64  // bytes of a type that an error frame repeats
 )
 
-// A frameError answers a client's frame: it becomes an error frame.
-type frameError struct {
-	code string // for machines: one of the codes of the error frame
-	text string // for people
-}
-
-func (e *frameError) Error() string { return e.text }
-
 // errBadUTF8 is what is wrong with bytes that are no text.
 var errBadUTF8 = errors.New("the frame is not valid UTF-8")
-
-func badFrame(format string, args ...any) *frameError {
-	return &frameError{"bad_frame", fmt.Sprintf(format, args...)}
-}
 
 // A message is a client's frame, decoded as far as the server looks into it.
 // Its slices point into the frame's own bytes.

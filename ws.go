@@ -479,30 +479,12 @@ func (c *client) complain(m message, err error) {
 	}
 	e := toFrameError(err)
 	if !c.errors.Allow() {
-		if err != errNotEveryone && e.code != "backend_unavailable" { // for which the sender is not to blame
+		if err != errNotEveryone && e.code != codeUnavailable { // for which the sender is not to blame
 			c.close(closeTooMany, "too many errors")
 		}
 		return
 	}
 	c.answer(typeError, appendError(nil, m, e))
-}
-
-// toFrameError returns what an error frame says of err.
-func toFrameError(err error) *frameError {
-	if e, ok := errors.AsType[*frameError](err); ok {
-		return e
-	}
-	switch {
-	case errors.Is(err, errNoPeer):
-		return &frameError{"peer_not_found", err.Error()}
-	case errors.Is(err, errPeerAbsent):
-		return &frameError{"peer_absent", err.Error()}
-	case errors.Is(err, errMailFull):
-		return &frameError{"mailbox_full", err.Error()}
-	case errors.Is(err, errOverCapacity):
-		return &frameError{"over_capacity", err.Error()}
-	}
-	return &frameError{"backend_unavailable", "the server cannot do this at the moment"}
 }
 
 // send puts mail in a mailbox. It owns buf.

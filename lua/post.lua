@@ -32,7 +32,7 @@ local function relay(name)
     end
     if not spare(s, size) then
       drop('over_capacity', 1)
-      return 'capacity'
+      return 'overcapacity'
     end
   end
   push(s, name, data, size)
@@ -108,12 +108,12 @@ local function mail(name)
   if call('XLEN', box) >= MAIL_ITEMS or waits + size > MAIL_BYTES then
     drop('mailbox_full', 1)
     refuse(id)
-    return 'full'
+    return 'mailfull'
   end
   if not holder(s, name) and not spare(s, size) then
     drop('over_capacity', 1)
     refuse(id)
-    return 'capacity'
+    return 'overcapacity'
   end
   local ever = num(s, name .. ':T') + size
   -- As far as the clock is: after a crash in which Redis has lost the latest
