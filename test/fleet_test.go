@@ -468,11 +468,3 @@ func testFleetTakeover(t *testing.T, f *fleet) {
 		t.Errorf("%+v, %v", frame, err)
 	}
 }
-
-// send sends a text message.
-func (c *fleetConn) send(text string) {
-	c.t.Helper()
-	if err := c.sendf("%s", text); err != nil {
-		c.t.Errorf("send %.80s: %v", text, err)
-	}
-}

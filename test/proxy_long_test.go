@@ -139,6 +139,14 @@ func (p *proxy) seat(client *http.Client, appID, side, sid string) *fleetConn {
 	return c
 }
 
+// send sends a text message.
+func (c *fleetConn) send(text string) {
+	c.t.Helper()
+	if err := c.sendf("%s", text); err != nil {
+		c.t.Errorf("send %.80s: %v", text, err)
+	}
+}
+
 // awaits waits for a message that begins with prefix and returns it.
 func (c *fleetConn) awaits(prefix string) string {
 	c.t.Helper()
