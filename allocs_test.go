@@ -33,6 +33,17 @@ func TestAllocsRelay(t *testing.T) {
 	}
 }
 
+// No packet that is relayed on a channel leaves anything behind.
+func TestAllocsTURN(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	synctest.Test(t, func(t *testing.T) {
+		h := newHandOver(t)
+		if n := testing.AllocsPerRun(1000, h.one); n != 0 || h.w.n != 1001 {
+			t.Errorf("relaying a packet allocates %v times; %d were relayed", n, h.w.n)
+		}
+	})
+}
+
 // TestAllocsHotFunctions fails when a hot function allocates more often than it
 // does today. Who makes one allocate less, lowers its number here.
 func TestAllocsHotFunctions(t *testing.T) {

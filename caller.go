@@ -2,6 +2,7 @@ package main
 
 import (
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -21,6 +22,7 @@ type callerPolicy struct {
 	origins   []string // as config.corsOrigins
 	trusted   []netip.Prefix
 	exempt    []netip.Prefix
+	hosts     bool               // callers are told of a relay under the host that they called
 	untrusted prometheus.Counter // requests with forwarded headers that are not believed
 	log       *slog.Logger
 
@@ -30,7 +32,7 @@ type callerPolicy struct {
 func newCallerPolicy(cfg *config, log *slog.Logger, untrusted prometheus.Counter) *callerPolicy {
 	return &callerPolicy{
 		dev: cfg.dev, origins: cfg.corsOrigins, trusted: cfg.trustedProxies, exempt: cfg.rateExempt,
-		untrusted: untrusted, log: log,
+		hosts: cfg.turn == "on", untrusted: untrusted, log: log,
 		warn: rate.Sometimes{Interval: time.Minute},
 	}
 }
@@ -41,6 +43,7 @@ type caller struct {
 	socket       netip.Addr // the other end of the connection: the caller, or a proxy
 	proxyTrusted bool       // socket is a trusted proxy, whose headers are believed
 	network      network    // what limits by address count; not valid when exempt
+	host         string     // that it called, without a port; "" unless TURN=on
 }
 
 // identify says who sent r.
@@ -59,7 +62,23 @@ func (p *callerPolicy) identify(r *http.Request) caller {
 	if !contains(p.exempt, c.addr) {
 		c.network = networkOf(c.addr)
 	}
+	if p.hosts {
+		c.host = hostOf(r, c.proxyTrusted)
+	}
 	return c
+}
+
+// hostOf returns the host that r was sent to, or that a trusted proxy says it was,
+// without a port.
+func hostOf(r *http.Request, proxyTrusted bool) string {
+	host := r.Host
+	if forwarded := r.Header.Get("X-Forwarded-Host"); forwarded != "" && proxyTrusted {
+		host = forwarded
+	}
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		return name
+	}
+	return strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
 }
 
 // socketAddr returns the address at the other end of the connection. Whoever

@@ -64,6 +64,13 @@ type config struct {
 	turnSecrets []string
 	turnTTL     time.Duration
 
+	// The server's own STUN and TURN; turnURLs are empty then.
+	turn               string // on or off
+	turnPort           int    // 0 is any free port
+	turnHost           string // "" is the host that the client called
+	turnMaxAllocations int
+	turnMaxBPS         int64 // a session; 0 is no limit
+
 	// Connections.
 	heartbeat  time.Duration
 	maxMessage int
@@ -180,9 +187,20 @@ func configOptions(c *config) []option {
 		{name: "TURN_URLS", optionValue: listOption(&c.turnURLs, parseTURNURL, sameText),
 			help: "TURN servers for clients, separated by commas: turn:host[:port], with ?transport=udp or ?transport=tcp, or turns:host[:port]"},
 		{name: "TURN_SECRET", secret: true, optionValue: listOption(&c.turnSecrets, keepText, sameText),
-			help: "secret that the TURN servers share (coturn: static-auth-secret); while it is being changed several, separated by commas"},
+			help: "secret that the TURN servers share (coturn: static-auth-secret); while it is being changed several, separated by commas. With TURN=on it is random unless given; instances that share a Redis must be given the same"},
 		{name: "TURN_TTL", def: "1h", optionValue: durationOption(&c.turnTTL, time.Second, month),
 			help: "how long a TURN credential lives; in this time one address gets them for at most 30 sessions"},
+
+		{name: "TURN", def: "off", optionValue: wordOption(&c.turn, "on", "off"),
+			help: "be a STUN and TURN server too, which relays between the clients of one session and to nobody else; instead of TURN_URLS"},
+		{name: "TURN_PORT", def: "3478", optionValue: servicePortOption(&c.turnPort, 0, 65535),
+			help: "UDP and TCP port of TURN=on; 0 is any free one. Where the server speaks TLS itself, TURN by TLS is on PORT"},
+		{name: "TURN_HOST", optionValue: checkedOption(&c.turnHost, checkTURNHost),
+			help: "host name or IP address that clients reach TURN=on at; unset, the host that they called"},
+		{name: "TURN_MAX_ALLOCATIONS", def: "2000", optionValue: intOption(&c.turnMaxAllocations, 1, 60_000),
+			help: "relayed addresses of TURN=on, of which a session has at most 16"},
+		{name: "TURN_MAX_BPS", def: "2MiB", optionValue: sizeOption(&c.turnMaxBPS, 0, 1<<40),
+			help: "bytes a second that TURN=on relays for a session, in bytes or with KiB, MiB or GiB; 0 is no limit"},
 
 		{name: "HEARTBEAT", def: "20s", optionValue: durationOption(&c.heartbeat, soon, time.Hour),
 			help: "interval of WebSocket pings; a connection silent for two of them is dropped"},
@@ -290,8 +308,14 @@ func (c *config) contradictions(keys []string) []error {
 	if len(c.turnURLs) > 0 && len(c.turnSecrets) == 0 {
 		problems = append(problems, errors.New("TURN_URLS needs TURN_SECRET beside it: credentials are made with it"))
 	}
-	if len(c.turnSecrets) > 0 && len(c.turnURLs) == 0 {
-		problems = append(problems, errors.New("TURN_SECRET needs TURN_URLS beside it"))
+	if len(c.turnSecrets) > 0 && len(c.turnURLs) == 0 && c.turn != "on" {
+		problems = append(problems, errors.New("TURN_SECRET needs TURN_URLS or TURN=on beside it"))
+	}
+	if len(c.turnURLs) > 0 && c.turn == "on" {
+		problems = append(problems, errors.New("TURN=on and TURN_URLS are both given: keep one, this server's own relay or another one"))
+	}
+	if c.turn == "on" && len(c.turnSecrets) == 0 && (c.redisHost != "" || c.redisAddress.given()) {
+		problems = append(problems, errors.New("TURN=on with Redis needs TURN_SECRET beside it, the same for all instances: each relay must know the credentials that another made"))
 	}
 	if len(keys) > 1 {
 		problems = append(problems, fmt.Errorf("%s are given: keep one", strings.Join(keys, " and ")))
@@ -348,9 +372,20 @@ func (c *config) warnings() (warnings []string) {
 			warnings = append(warnings, "TURN_SECRET with DEV=true makes an open relay: any website gets credentials for your TURN server")
 		}
 	}
-	if !c.dev && len(c.stunURLs) == 0 && len(c.turnURLs) == 0 {
+	if c.turn == "on" && !c.dev {
+		if c.tlsCertFile == "" {
+			warnings = append(warnings, "TURN=on without TLS_CERT_FILE and TLS_KEY_FILE: devices in networks that let out nothing but port 443 cannot use this relay")
+		}
+		if c.turnHost == "" && c.redisAddress.given() {
+			warnings = append(warnings, "TURN=on with Redis and without TURN_HOST: set it to a name that leads to this instance and not to a load balancer, or two peers may be sent to different relays")
+		}
+		if ip := net.ParseIP(c.turnHost); ip != nil && !isPublic(ip) {
+			warnings = append(warnings, fmt.Sprintf("TURN_HOST=%s is an address that devices in other networks cannot reach", c.turnHost))
+		}
+	}
+	if !c.dev && c.turn != "on" && len(c.stunURLs) == 0 && len(c.turnURLs) == 0 {
 		warnings = append(warnings, "without STUN_URLS and TURN_URLS only devices in one network connect to each other: "+
-			"set STUN_URLS, and TURN_URLS with TURN_SECRET for networks that need a relay")
+			"set TURN=on, or STUN_URLS, and TURN_URLS with TURN_SECRET for networks that need a relay")
 	}
 	for _, origin := range c.corsOrigins {
 		if local := isLoopback(origin) || !strings.Contains(origin, "://") && strings.HasSuffix(origin, ".localhost"); local && !c.dev {
@@ -887,6 +922,17 @@ func checkHost(host string) error {
 		hint = ": the port goes into PORT"
 	}
 	return fmt.Errorf("must be an IP address, a host name or unix:/path, not %q%s", host, hint)
+}
+
+func checkTURNHost(host string) error {
+	if _, ok := canonicalHost(host); !ok {
+		hint := ""
+		if _, _, err := net.SplitHostPort(host); err == nil {
+			hint = ": the port goes into TURN_PORT"
+		}
+		return fmt.Errorf("must be an IP address or a host name, not %q%s", host, hint)
+	}
+	return nil
 }
 
 func checkRedisHost(host string) error {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"parley/test/testkit"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -152,6 +153,16 @@ func optionCases(t testing.TB) []optionCase {
 			text: "new-one, old-one", want: []string{"new-one", "old-one"}, with: "TURN_URLS=turn:a.example"},
 		{name: "TURN_TTL", get: func(c *config) any { return c.turnTTL }, dev: time.Hour, prod: time.Hour,
 			text: "1s", want: time.Second, bad: append([]string{"999ms"}, long...)},
+		{name: "TURN", get: func(c *config) any { return c.turn }, dev: "off", prod: "off",
+			text: "ON", want: "on", bad: []string{"true", "yes", "closed"}},
+		{name: "TURN_PORT", get: func(c *config) any { return c.turnPort }, dev: 3478, prod: 3478,
+			text: "tcp://10.0.0.1:5000", want: 5000, bad: []string{"65536", "-1", "x"}},
+		{name: "TURN_HOST", get: func(c *config) any { return c.turnHost }, dev: "", prod: "",
+			text: "turn.example", want: "turn.example", bad: []string{"turn.example:3478", "turn:turn.example", "https://a", "a b", "[::1]"}},
+		{name: "TURN_MAX_ALLOCATIONS", get: func(c *config) any { return c.turnMaxAllocations }, dev: 2000, prod: 2000,
+			text: "1", want: 1, bad: []string{"0", "60001", "-1"}},
+		{name: "TURN_MAX_BPS", get: func(c *config) any { return c.turnMaxBPS }, dev: int64(2 << 20), prod: int64(2 << 20),
+			text: "512KiB", want: int64(512 << 10), bad: []string{"-1", "2MB"}},
 		{name: "HEARTBEAT", get: func(c *config) any { return c.heartbeat }, dev: 20 * time.Second, prod: 20 * time.Second,
 			text: "50ms", want: 50 * time.Millisecond, bad: append([]string{"2h"}, long...)},
 		{name: "WS_MAX_MSG", get: func(c *config) any { return c.maxMessage }, dev: 1 << 20, prod: 1 << 20,
@@ -350,7 +361,11 @@ func TestProblems(t *testing.T) {
 		{name: "TURN without a secret", env: []string{"TURN_URLS=turn:a.example"}, want: []string{"TURN_URLS needs TURN_SECRET"}},
 		{name: "Redis twice", env: []string{"REDIS_URL=redis://a", "REDIS_HOST=a"}, want: []string{"REDIS_HOST and REDIS_URL are both given"}},
 		{name: "a password of Redis alone", env: []string{"REDIS_PASSWORD=p"}, want: []string{"REDIS_PASSWORD needs REDIS_HOST"}},
-		{name: "a TURN secret alone", env: []string{"TURN_SECRET=s"}, want: []string{"TURN_SECRET needs TURN_URLS"}},
+		{name: "a TURN secret alone", env: []string{"TURN_SECRET=s"}, want: []string{"TURN_SECRET needs TURN_URLS or TURN=on"}},
+		{name: "two relays", env: []string{"TURN=on", "TURN_URLS=turn:a.example", "TURN_SECRET=s"}, want: []string{"TURN=on and TURN_URLS are both given"}},
+		{name: "a relay of many instances", env: []string{"TURN=on", "REDIS_HOST=a"}, want: []string{"TURN=on with Redis needs TURN_SECRET"}},
+		{name: "a relay of many instances by URL", env: []string{"TURN=on", "REDIS_URL=redis://a"}, want: []string{"TURN=on with Redis needs TURN_SECRET"}},
+		{name: "port in TURN_HOST", env: []string{"TURN_HOST=a.example:3478"}, want: []string{"the port goes into TURN_PORT"}},
 		{name: "port in HOST", env: []string{"HOST=127.0.0.1:80"}, want: []string{"the port goes into PORT"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -529,6 +544,29 @@ func TestWarnings(t *testing.T) {
 		}
 		if want && !(strings.Contains(got[0], "DEV=false") && strings.Contains(got[0], "HOST=127.0.0.1")) {
 			t.Errorf("%q: %q does not say what to set", env, got)
+		}
+	}
+}
+
+// Whoever runs a server for others is told which devices will not connect.
+func TestRelayWarnings(t *testing.T) {
+	pair := testkit.WritePair(t, t.TempDir(), 1)
+	tls := " TLS_CERT_FILE=" + pair.CertFile + " TLS_KEY_FILE=" + pair.KeyFile
+	for env, want := range map[string]string{
+		"DEV=true TURN=on HOST=127.0.0.1":                "",
+		"DEV=false":                                      "only devices in one network connect",
+		"DEV=false " + testSTUN:                          "",
+		"DEV=false TURN=on":                              "TURN=on without TLS_CERT_FILE",
+		"DEV=false TURN=on" + tls:                        "",
+		"DEV=false TURN=on TURN_HOST=10.0.0.7" + tls:     "TURN_HOST=10.0.0.7 is an address that devices in other networks cannot reach",
+		"DEV=false TURN=on TURN_HOST=8.8.8.8" + tls:      "",
+		"DEV=false TURN=on TURN_HOST=turn.example" + tls: "",
+		"DEV=false TURN=on TURN_SECRET=s REDIS_URL=redis://redis.example" + tls:                       "TURN=on with Redis and without TURN_HOST",
+		"DEV=false TURN=on TURN_SECRET=s TURN_HOST=one.example REDIS_URL=redis://redis.example" + tls: "",
+	} {
+		got := strings.Join(mustLoad(t, nil, strings.Fields(env)...).warnings(), "\n")
+		if (got == "") != (want == "") || !strings.Contains(got, want) {
+			t.Errorf("%q: got %q, want %q", env, got, want)
 		}
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -351,7 +350,7 @@ func (c *conn) abort(code closeCode) {
 // rawConn returns the connection under TLS, to be closed: a tls.Conn would first
 // say that it closes, and wait up to 5 seconds for a peer that does not read.
 func rawConn(c net.Conn) net.Conn {
-	if t, ok := c.(*tls.Conn); ok {
+	if t, ok := c.(interface{ NetConn() net.Conn }); ok { // a tls.Conn, or what wraps one
 		return t.NetConn()
 	}
 	return c

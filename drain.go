@@ -177,4 +177,7 @@ func (s *server) shutdown(fronts []front) {
 			f.web.Close() // whoever has not finished asking by now
 		}
 	}
+	if s.turn != nil {
+		s.turn.close() // last, so that peers who are told have time to leave
+	}
 }

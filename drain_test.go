@@ -266,7 +266,7 @@ func TestDrainsThousandSockets(t *testing.T) {
 		stalled      = 100 // more pairs, in which one does not read what the other sends
 		mute         = 100 // that never answer
 	)
-	server := testkit.StartPlainBinary(t, "DRAIN_TIMEOUT="+drainTimeout.String(), "WS_MAX_MSG=65536", "LOG_LEVEL=warn", "MAX_CONNS=2000")
+	server := testkit.StartPlainBinary(t, "DRAIN_TIMEOUT="+drainTimeout.String(), "WS_MAX_MSG=65536", "LOG_LEVEL=warn", "MAX_CONNS=2000", "HEARTBEAT=1h") // a busy machine may keep clients from answering pings
 	app := func(i int) string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", i) }
 	var ends sync.WaitGroup
 	for i := range pairs {

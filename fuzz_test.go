@@ -10,6 +10,7 @@ import (
 	"mime"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"regexp"
 	runtimemetrics "runtime/metrics"
 	"slices"
@@ -18,6 +19,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"github.com/pion/stun/v3"
 )
 
 // --- decodeFrame.
@@ -266,6 +269,50 @@ func FuzzRedeemBody(f *testing.F) {
 		}
 		if status != http.StatusOK && (len(answer) != 2 || !strings.Contains(answer["error"], " ")) {
 			t.Errorf("answered %s", res.Body)
+		}
+	})
+}
+
+// Whatever comes before a credential does, by a datagram or by a stream, is
+// answered by no more than one message, and never relayed.
+func FuzzTURN(f *testing.F) {
+	binding := stun.MustBuild(stun.TransactionID, stun.BindingRequest, stun.Fingerprint)
+	allocate := stun.MustBuild(stun.TransactionID, stun.NewType(stun.MethodAllocate, stun.ClassRequest), requestedTransport(17))
+	forged := stun.MustBuild(stun.TransactionID, stun.NewType(stun.MethodAllocate, stun.ClassRequest), requestedTransport(17),
+		stun.NewUsername("9999999999:00112233445566778899aabbccddeeff"), stun.NewRealm(turnRealm), stun.NewNonce("AAAAAAAAAAAAAAAA"), turnKey("a", "b"))
+	indication := stun.MustBuild(stun.TransactionID, stun.NewType(stun.MethodSend, stun.ClassIndication), peerAttribute(virtual(1024)), attribute(stun.AttrData, 1, 2, 3))
+	for _, m := range [][]byte{binding.Raw, allocate.Raw, forged.Raw, indication.Raw, channelData(0x4000, "hello"), {}, {0}, {64, 0, 0}, []byte("GET / HTTP/1.1"),
+		slices.Concat(binding.Raw, allocate.Raw, channelData(0x4000, "four"))} {
+		f.Add(m)
+	}
+	cfg, err := loadConfig(nil, lookupIn([]string{"TURN=on", "RATE_EXEMPT=0.0.0.0/0"}))
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := newTURNServer(cfg, slog.New(slog.DiscardHandler), newMetrics(), func(context.Context, sessionID) error { return nil })
+	src := turnSource{addr: netip.MustParseAddrPort("198.51.100.1:1")}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		buf := make([]byte, headroom+len(data)+tailroom)
+		copy(buf[headroom:], data)
+		if len(data) <= maxTURNMessage {
+			w := new(discardWriter)
+			r.take(w, src, slices.Clone(buf), headroom, headroom+len(data), r.now())
+			if w.n > 1 {
+				t.Fatalf("%d answers to %x", w.n, data)
+			}
+		}
+		for b := data; len(b) > 0; {
+			size, ok := streamMessage(b)
+			if !ok || size == 0 || size > len(b) {
+				break
+			}
+			if size < 4 || size%4 != 0 {
+				t.Fatalf("a message of %d bytes in a stream: %x", size, b[:size])
+			}
+			b = b[size:]
+		}
+		if r.count != 0 {
+			t.Fatal("an allocation without a credential")
 		}
 	})
 }

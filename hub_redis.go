@@ -53,7 +53,7 @@ type hubCounts struct{ sessions, rooms, queued atomic.Int64 }
 
 // hubScripts are the scripts of a hub.
 type hubScripts struct {
-	open, join, leave, post, take, ack, held, report, tell, end, room, look, tick, owned *redisScript
+	open, join, leave, post, take, ack, held, report, tell, end, room, look, tick, owned, relayOf *redisScript
 }
 
 func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScripts) {
@@ -81,7 +81,7 @@ func newHubScripts(o hubOptions, lease time.Duration, clock string) (s hubScript
 	constant("EPOCH_MS", seqEpoch().UnixMilli())
 	for name, script := range map[string]**redisScript{
 		"open": &s.open, "join": &s.join, "leave": &s.leave, "post": &s.post, "take": &s.take, "ack": &s.ack, "held": &s.held, "report": &s.report,
-		"tell": &s.tell, "end": &s.end, "room": &s.room, "look": &s.look, "tick": &s.tick, "owned": &s.owned,
+		"tell": &s.tell, "end": &s.end, "room": &s.room, "look": &s.look, "tick": &s.tick, "owned": &s.owned, "relay_of": &s.relayOf,
 	} {
 		files := []string{"session"}
 		switch name { // these two are most of the work
@@ -343,6 +343,19 @@ func (h *redisHub) Update(ctx context.Context, id sessionID, c change) (m meta, 
 		password = append([]byte("="), c.Password.bytes()...)
 	}
 	return h.room(ctx, id.String(), "1", seats, locked, password)
+}
+
+// relayOf returns what the relay of a session is reached at: that of the instance
+// that was asked first, which says what own is, until its lease is over.
+func (h *redisHub) relayOf(ctx context.Context, id sessionID, own string) (string, error) {
+	res, err := h.run(ctx, h.scripts.relayOf, []string{id.String()}, h.instance, own)
+	if err != nil {
+		return "", err
+	}
+	if len(res) < 1 {
+		return "", errBackend
+	}
+	return luaText(res[0]), nil
 }
 
 // room runs the script of the same name, and reads what it answers.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/sha1"
 	"crypto/sha256"
@@ -18,10 +19,10 @@ import (
 )
 
 // Clients behind NATs find each other through STUN and TURN servers, which run
-// elsewhere. What is handed out here is where they are, and, for TURN, a
-// credential that expires: the convention that coturn calls use-auth-secret
-// (draft-uberti-behave-turn-rest-00). The TURN server shares the secret, and
-// needs to ask nobody.
+// elsewhere, or, with TURN=on, here (turn.go). What is handed out is where they
+// are, and, for TURN, a credential that expires: the convention that coturn calls
+// use-auth-secret (draft-uberti-behave-turn-rest-00). The TURN server shares the
+// secret, and needs to ask nobody.
 
 // maxRelayedSessions is how many sessions each network may have TURN credentials
 // for at a time. A session counts once, however often it is asked for: a pairing
@@ -45,28 +46,40 @@ type iceServers struct {
 // An iceDirectory knows the servers and makes the credentials.
 type iceDirectory struct {
 	// static after construction
-	stun, turn []string // URLs
-	secrets    []string // of the TURN servers, the newest first
+	stun, turn []string    // URLs
+	secrets    []string    // of the TURN servers, the newest first
+	own        *turnServer // nil unless TURN=on
+	ownHost    string      // TURN_HOST, or "" for the host that a client called
 	ttl        time.Duration
 	quota      *relayQuota
 	metrics    *metrics
 }
 
-func newICEDirectory(cfg *config, m *metrics) *iceDirectory {
+func newICEDirectory(cfg *config, m *metrics, own *turnServer) *iceDirectory {
 	return &iceDirectory{
 		stun: cfg.stunURLs, turn: cfg.turnURLs, secrets: cfg.turnSecrets, ttl: cfg.turnTTL,
+		own: own, ownHost: cfg.turnHost,
 		quota: newRelayQuota(), metrics: m,
 	}
 }
 
-// servers returns what a client of this session and network may use. While the
-// TURN secret is being changed there is one entry for each secret: a TURN
-// server refuses those it does not share, and clients try them all.
-func (d *iceDirectory) servers(id sessionID, n network) (s iceServers) {
+// servers returns what a client of this session and network may use, which
+// called this server as host. While the secret of other TURN servers is being
+// changed there is one entry for each secret: a TURN server refuses those it does
+// not share, and clients try them all.
+func (d *iceDirectory) servers(id sessionID, n network, host string) (s iceServers) {
 	if len(d.stun) > 0 {
 		s.Servers = append(s.Servers, iceServer{URLs: d.stun})
 	}
-	if len(d.turn) == 0 {
+	var turnURLs []string
+	if d.own != nil {
+		if place, ok := d.own.placeOf(id, cmp.Or(d.ownHost, host)); ok {
+			var stunURL string
+			stunURL, turnURLs = place.urls()
+			s.Servers = append(s.Servers, iceServer{URLs: []string{stunURL}})
+		}
+	}
+	if len(d.turn)+len(turnURLs) == 0 {
 		return s
 	}
 	expires := time.Now().Add(d.ttl)
@@ -76,6 +89,11 @@ func (d *iceDirectory) servers(id sessionID, n network) (s iceServers) {
 		return s
 	}
 	d.metrics.turnIssued.Inc()
+	if d.own != nil {
+		username, password := d.own.credential(id, expires)
+		s.Servers = append(s.Servers, iceServer{URLs: turnURLs, Username: username, Credential: password})
+		return s
+	}
 	username := turnUsername(id, expires)
 	for _, secret := range d.secrets {
 		s.Servers = append(s.Servers, iceServer{URLs: d.turn, Username: username, Credential: turnPassword(secret, username)})
@@ -162,7 +180,7 @@ func (s *server) getICEServers(w http.ResponseWriter, r *http.Request, c caller)
 	if _, _, err := s.hub.Get(r.Context(), id); err != nil {
 		return err
 	}
-	s.writeJSON(w, http.StatusOK, s.ice.answer(s.ice.servers(id, c.network)))
+	s.writeJSON(w, http.StatusOK, s.ice.answer(s.ice.servers(id, c.network, c.host)))
 	return nil
 }
 
@@ -183,7 +201,7 @@ func (d *iceDirectory) answer(s iceServers) iceAnswer {
 
 // iceServers answers the frame ice_servers.
 func (c *client) iceServers() {
-	a := c.srv.ice.answer(c.srv.ice.servers(c.session, c.network))
+	a := c.srv.ice.answer(c.srv.ice.servers(c.session, c.network, c.host))
 	a.Type = typeICEServers.String()
 	c.answer(typeICEServers, mustMarshal(a))
 }

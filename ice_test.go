@@ -45,9 +45,9 @@ func TestTURNPasswordVector(t *testing.T) {
 // Another implementation of the convention takes the credential, until it expires.
 func TestTURNCredentialConvention(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		d := newICEDirectory(mustLoad(t, nil, testTURN, "TURN_SECRET=s3cret", "TURN_TTL=1m"), newMetrics())
+		d := newICEDirectory(mustLoad(t, nil, testTURN, "TURN_SECRET=s3cret", "TURN_TTL=1m"), newMetrics(), nil)
 		id := uuid.New()
-		s := d.servers(id, network{}).Servers[0]
+		s := d.servers(id, network{}, "").Servers[0]
 		if !regexp.MustCompile(`^\d{10}:[0-9a-f]{16}$`).MatchString(s.Username) || strings.Contains(s.Username, id.String()[:8]) {
 			t.Errorf("user %q", s.Username)
 		}

@@ -36,9 +36,12 @@ func (s *server) openFronts() (fronts []front, err error) {
 			for _, f := range fronts {
 				f.listener.Close()
 			}
+			if s.turn != nil {
+				s.turn.close()
+			}
 		}
 	}()
-	guard := newConnectionGuard(openFileLimit(), s.clients.count)
+	guard := newConnectionGuard(openFileLimit(), s.unguarded)
 	main := front{web: s.newHTTPServer(s.handler())}
 	main.web.ConnState = guard.track
 	if s.cfg.tlsCertFile != "" {
@@ -55,6 +58,18 @@ func (s *server) openFronts() (fronts []front, err error) {
 		main.listener = newPlainListener(main.listener, s.log)
 	}
 	fronts = append(fronts, main)
+	if s.turn != nil {
+		host := s.cfg.host
+		if strings.HasPrefix(host, "unix:") {
+			host = ""
+		}
+		if err = s.turn.openSockets(host, s.cfg.turnPort, guard); err != nil {
+			return fronts, err
+		}
+		if main.certificate != nil {
+			fronts[0].listener = s.turn.shareTLS(main.listener, main.web, s.log)
+		}
+	}
 	if s.cfg.metricsAddr == "" {
 		return fronts, nil
 	}
@@ -75,7 +90,19 @@ func (f front) serve(ctx context.Context) error {
 		return f.web.Serve(f.listener)
 	}
 	go f.certificate.run(ctx)
+	if _, ok := f.listener.(*sniffListener); ok {
+		return f.web.Serve(f.listener)
+	}
 	return f.web.ServeTLS(f.listener, "", "")
+}
+
+// unguarded counts the connections that http.Server has forgotten.
+func (s *server) unguarded() int {
+	n := s.clients.count()
+	if s.turn != nil {
+		n += int(s.turn.held.Load())
+	}
+	return n
 }
 
 // listen opens the listener of HOST and PORT: TCP, or a socket file.
@@ -301,6 +328,9 @@ func (g *connectionGuard) note(c net.Conn, state http.ConnState) (evict net.Conn
 	at := g.where[c]
 	switch state {
 	case http.StateNew:
+		if at != nil { // a sniffListener has told of it
+			return nil
+		}
 		evict = g.makeRoom()
 		at = &guardedConn{Conn: c}
 		g.where[c] = at
@@ -344,4 +374,163 @@ func (g *connectionGuard) remove(c *guardedConn) {
 		c.unlink()
 		delete(g.where, c.Conn)
 	}
+}
+
+// A sniffListener is one for HTTPS and for TURN by TLS. Inside TLS, STUN begins
+// with 0 or 1 and HTTP with a letter. It accepts what is HTTP, and hands on what
+// is STUN.
+type sniffListener struct {
+	net.Listener
+	tls  *tls.Config
+	turn *turnServer
+	log  *slog.Logger
+
+	accepted chan net.Conn
+	failed   chan error    // of the listener below
+	done     chan struct{} // closed with the listener
+
+	mu sync.Mutex
+	// guarded by mu
+	closed bool
+	unsure map[*sniffedConn]struct{} // connections that have said nothing yet
+}
+
+// shareTLS returns a listener for web, which HTTPS and TURN share.
+func (t *turnServer) shareTLS(l net.Listener, web *http.Server, log *slog.Logger) *sniffListener {
+	s := &sniffListener{
+		Listener: l, tls: web.TLSConfig, turn: t, log: log,
+		accepted: make(chan net.Conn), failed: make(chan error), done: make(chan struct{}),
+		unsure: make(map[*sniffedConn]struct{}),
+	}
+	if tcp, ok := l.Addr().(*net.TCPAddr); ok {
+		t.tlsPort.Store(int32(tcp.Port))
+	}
+	keepTLSState(web)
+	go s.run()
+	return s
+}
+
+func (l *sniffListener) run() {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			select {
+			case l.failed <- err: // Accept says what becomes of it
+				continue
+			case <-l.done:
+				return
+			}
+		}
+		s := &sniffedConn{Conn: tls.Server(c, l.tls)}
+		l.turn.guard.track(s, http.StateNew)
+		l.mu.Lock()
+		if l.closed {
+			c.Close()
+		} else {
+			l.unsure[s] = struct{}{}
+			l.turn.tasks.Go(func() { l.sort(s) })
+		}
+		l.mu.Unlock()
+	}
+}
+
+// sort finds out what a connection is, and serves it if it is TURN.
+func (l *sniffListener) sort(c *sniffedConn) {
+	c.SetDeadline(time.Now().Add(turnHelloTimeout))
+	n, err := c.Conn.Read(c.first[:]) // which shakes hands
+	l.mu.Lock()
+	delete(l.unsure, c)
+	l.mu.Unlock()
+	switch {
+	case err != nil || n == 0:
+		l.log.Debug("a TLS connection ended before it said anything", "client", c.RemoteAddr().String(), "error", err)
+		if e, ok := errors.AsType[tls.RecordHeaderError](err); ok && e.Conn != nil && looksLikeHTTP(e.RecordHeader) {
+			io.WriteString(e.Conn, "HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n") // as net/http does
+		}
+		c.NetConn().Close()
+		l.turn.guard.track(c, http.StateClosed)
+	case c.first[0] < 2:
+		c.unread = true
+		l.turn.serveStream(c)
+	default:
+		c.unread = true
+		c.SetDeadline(time.Time{})
+		select {
+		case l.accepted <- c:
+		case <-l.done:
+			c.NetConn().Close()
+			l.turn.guard.track(c, http.StateClosed)
+		}
+	}
+}
+
+// looksLikeHTTP reports whether what was no TLS record is the beginning of a
+// method.
+func looksLikeHTTP(header [5]byte) bool {
+	switch string(header[:]) {
+	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "PATCH", "DELET":
+		return true
+	}
+	return false
+}
+
+// Accept returns the next connection that is HTTP.
+func (l *sniffListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.accepted:
+		return c, nil
+	case err := <-l.failed:
+		return nil, err
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *sniffListener) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.closed {
+		l.closed = true
+		close(l.done)
+		for c := range l.unsure {
+			c.NetConn().Close()
+		}
+	}
+	return l.Listener.Close()
+}
+
+// A sniffedConn gives back the first byte that was read from it.
+type sniffedConn struct {
+	*tls.Conn
+	first  [1]byte
+	unread bool // first is to be read yet
+}
+
+func (c *sniffedConn) Read(p []byte) (int, error) {
+	if c.unread && len(p) > 0 {
+		c.unread = false
+		return copy(p, c.first[:]), nil
+	}
+	return c.Conn.Read(p)
+}
+
+// tlsState is the key of a request's context under which a sniffedConn's state is:
+// net/http fills in Request.TLS for a tls.Conn alone.
+type tlsState struct{}
+
+func keepTLSState(web *http.Server) {
+	web.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		if s, ok := c.(*sniffedConn); ok {
+			state := s.ConnectionState()
+			return context.WithValue(ctx, tlsState{}, &state)
+		}
+		return ctx
+	}
+	next := web.Handler
+	web.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if state, ok := r.Context().Value(tlsState{}).(*tls.ConnectionState); ok {
+			r.TLS = state
+		}
+		next.ServeHTTP(w, r)
+	})
 }

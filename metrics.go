@@ -32,6 +32,7 @@ type metrics struct {
 	refused                   map[string]prometheus.Counter // by the error's code
 	untrusted                 prometheus.Counter
 	turnIssued, turnThrottled prometheus.Counter // TURN credentials
+	turn                      *turnMetrics
 
 	connections prometheus.Gauge
 	connects    prometheus.Counter
@@ -117,6 +118,7 @@ func newMetrics() *metrics {
 
 	credentials := counters("turn_credentials_total", "TURN credentials made, and refused because their address has enough.", "result")
 	m.turnIssued, m.turnThrottled = credentials.WithLabelValues("issued"), credentials.WithLabelValues("throttled")
+	m.turn = newTURNMetrics(make, counters)
 
 	m.connections = make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "ws_connections", Help: "WebSocket connections that are open."})
 	m.connects = counter("ws_connections_total", "WebSocket connections opened.")
@@ -162,6 +164,70 @@ func newMetrics() *metrics {
 		"timeout", "failed", "disconnected", "closed", "no-candidates")
 	return m
 }
+
+// turnMetrics are a server's collectors about the relay of TURN=on.
+type turnMetrics struct {
+	allocations prometheus.Gauge
+	bytes       [2]prometheus.Counter // by direction
+	dropped     map[turnDrop]prometheus.Counter
+	refused     map[turnRefusal]prometheus.Counter
+}
+
+// A turnDrop is why something that came was thrown away.
+type turnDrop string
+
+const (
+	turnMalformed    turnDrop = "malformed"
+	turnTooLarge     turnDrop = "too_large"
+	turnNoAllocation turnDrop = "no_allocation" // or no such channel
+	turnNoPeer       turnDrop = "no_peer"       // there is no such relayed address
+	turnOtherSession turnDrop = "other_session"
+	turnNoPermission turnDrop = "no_permission"
+	turnTooFast      turnDrop = "rate" // TURN_MAX_BPS
+	turnQueueFull    turnDrop = "queue_full"
+)
+
+// A turnRefusal is why a request, or a connection, was refused.
+type turnRefusal string
+
+const (
+	turnUnauthorized turnRefusal = "unauthorized"
+	turnExpired      turnRefusal = "expired"
+	turnSessionGone  turnRefusal = "session_gone"
+	turnFull         turnRefusal = "full" // TURN_MAX_ALLOCATIONS
+	turnSessionFull  turnRefusal = "session_full"
+	turnForbidden    turnRefusal = "forbidden_peer"
+	turnTransport    turnRefusal = "transport" // TCP, IPv6 or a pair of ports
+	turnChannels     turnRefusal = "channels"
+	turnTooOften     turnRefusal = "rate"
+	turnBusy         turnRefusal = "busy"
+	turnNoTURN       turnRefusal = "malformed"
+	turnTooBig       turnRefusal = "too_large"
+	turnSilent       turnRefusal = "silent"
+)
+
+func newTURNMetrics(make promauto.Factory, counters func(name, help string, labels ...string) *prometheus.CounterVec) *turnMetrics {
+	m := &turnMetrics{
+		allocations: make.NewGauge(prometheus.GaugeOpts{Namespace: "parley", Name: "turn_allocations", Help: "Relayed addresses that clients of TURN=on have."}),
+		dropped:     map[turnDrop]prometheus.Counter{},
+		refused:     map[turnRefusal]prometheus.Counter{},
+	}
+	bytes := counters("turn_bytes_total", "Bytes that the relay of TURN=on was given (in), and handed over (out).", "direction")
+	m.bytes[in], m.bytes[out] = bytes.WithLabelValues("in"), bytes.WithLabelValues("out")
+	dropped := counters("turn_dropped_total", "Packets that the relay of TURN=on threw away.", "reason")
+	for _, r := range []turnDrop{turnMalformed, turnTooLarge, turnNoAllocation, turnNoPeer, turnOtherSession, turnNoPermission, turnTooFast, turnQueueFull} {
+		m.dropped[r] = dropped.WithLabelValues(string(r))
+	}
+	refused := counters("turn_refused_total", "Requests that the relay of TURN=on refused or left without an answer, and connections that it closed.", "reason")
+	for _, r := range []turnRefusal{turnUnauthorized, turnExpired, turnSessionGone, turnFull, turnSessionFull, turnForbidden, turnTransport,
+		turnChannels, turnTooOften, turnBusy, turnNoTURN, turnTooBig, turnSilent} {
+		m.refused[r] = refused.WithLabelValues(string(r))
+	}
+	return m
+}
+
+func (m *turnMetrics) drop(r turnDrop)      { m.dropped[r].Inc() }
+func (m *turnMetrics) refuse(r turnRefusal) { m.refused[r].Inc() }
 
 // series creates the series of v for each value, and for otherLabel.
 func series(v *prometheus.CounterVec, values ...string) map[string]prometheus.Counter {

@@ -23,6 +23,7 @@ import (
 	"github.com/coder/websocket"
 	"github.com/golang-jwt/jwt/v5"
 	"github.com/google/uuid"
+	"github.com/pion/stun/v3"
 )
 
 // Every option does what it says. Here is one small test for each, seen from the
@@ -282,6 +283,50 @@ func optionTests() map[string]func(*testing.T) {
 		}),
 		"TURN_URLS":   turnTest,
 		"TURN_SECRET": turnTest,
+		"TURN": func(t *testing.T) {
+			for mode, want := range map[string]int{"on": 2, "off": 0} {
+				ts, _ := newLoopServer(t, "TURN="+mode, "TURN_PORT=0")
+				if servers := ts.iceServers(ts.post("/rendezvous/code", "").text); len(servers) != want {
+					t.Errorf("TURN=%s: %v, want %d servers", mode, servers, want)
+				}
+			}
+		},
+		"TURN_PORT": func(t *testing.T) {
+			port := testkit.FreePort(t)
+			ts, _ := newLoopServer(t, "TURN=on", "TURN_PORT="+port)
+			servers := ts.iceServers(ts.post("/rendezvous/code", "").text)
+			if want := "stun:parley.test:" + port; servers[0].URLs[0] != want {
+				t.Errorf("%v, want %s", servers, want)
+			}
+		},
+		"TURN_HOST": func(t *testing.T) {
+			ts, _ := newLoopServer(t, "TURN=on", "TURN_PORT=0", "TURN_HOST=turn.example")
+			servers := ts.iceServers(ts.post("/rendezvous/code", "").text)
+			if len(servers) != 2 || !strings.HasPrefix(servers[0].URLs[0], "stun:turn.example:") {
+				t.Error(servers)
+			}
+		},
+		"TURN_MAX_ALLOCATIONS": bubbled(func(t *testing.T) {
+			r := newTestRelay(t, "TURN_MAX_ALLOCATIONS=1")
+			for i, want := range []stun.ErrorCode{0, stun.CodeInsufficientCapacity} {
+				if code := r.client(fmt.Sprintf("198.51.100.1:%d", i+1), uuid.New()).allocate(); code != want {
+					t.Errorf("allocation %d: %d, want %d", i+1, code, want)
+				}
+			}
+		}),
+		"TURN_MAX_BPS": bubbled(func(t *testing.T) {
+			for setting, want := range map[string]int{"TURN_MAX_BPS=2KiB": 2, "TURN_MAX_BPS=0": 10} {
+				r := newTestRelay(t, setting)
+				a, b := r.relayPair()
+				n := 0
+				for range 10 {
+					n += len(a.sendTo(virtual(b.port), strings.Repeat("x", 1<<10)))
+				}
+				if n != want {
+					t.Errorf("%s: %d packets of 1 KiB got through, want %d", setting, n, want)
+				}
+			}
+		}),
 		"TURN_TTL": bubbled(func(t *testing.T) {
 			ts := newTestServer(t, "TURN_URLS=turn:a.example", "TURN_SECRET=s", "TURN_TTL=90s")
 			username := ts.iceServers(ts.post("/rendezvous/code", "").text)[0].Username

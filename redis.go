@@ -317,7 +317,7 @@ func newScript(name, before string, files ...string) *redisScript {
 
 // scriptNames are the names of all scripts, for the metrics.
 func scriptNames() []string {
-	return []string{"open", "join", "leave", "post", "take", "ack", "held", "report", "tell", "end", "room", "look", "tick", "owned", "mint", "redeem", "codes"}
+	return []string{"open", "join", "leave", "post", "take", "ack", "held", "report", "tell", "end", "room", "look", "tick", "owned", "relay_of", "mint", "redeem", "codes"}
 }
 
 type redisScript struct {

@@ -50,7 +50,7 @@ func (s *server) mintCode(w http.ResponseWriter, r *http.Request, c caller) erro
 		AppID     string `json:"appID"`
 		ExpiresAt string `json:"expiresAt"`
 		iceServers
-	}{code, id.String(), timestamp(expires), s.ice.servers(id, c.network)})
+	}{code, id.String(), timestamp(expires), s.ice.servers(id, c.network, c.host)})
 	return nil
 }
 
@@ -121,7 +121,7 @@ func (s *server) redeemCode(w http.ResponseWriter, r *http.Request, c caller) er
 		AppID     string `json:"appID"`
 		ExpiresAt string `json:"expiresAt"`
 		iceServers
-	}{id.String(), timestamp(expires), s.ice.servers(id, c.network)})
+	}{id.String(), timestamp(expires), s.ice.servers(id, c.network, c.host)})
 	return nil
 }
 

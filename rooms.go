@@ -402,7 +402,7 @@ func validDisplayName(name string) bool {
 // greetingOfRoom returns the message that tells the client of a room how things
 // are.
 func (c *client) greetingOfRoom(v view) []byte {
-	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret, c.srv.ice.servers(c.session, c.network))
+	join := appendRoomWelcome(nil, c.room.id, v.room, c.room.secret, c.srv.ice.servers(c.session, c.network, c.host))
 	return c.appendFrame(nil, typeJoin, join)
 }
 

@@ -44,6 +44,7 @@ type server struct {
 	jsonHeader http.Header // of every answer in JSON
 	limits     limits
 	ice        *iceDirectory
+	turn       *turnServer // nil unless TURN=on
 	// verifier is nil where nothing asks for tokens.
 	verifier   verifier
 	passwords  *passwords
@@ -63,8 +64,6 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		callers:    newCallerPolicy(cfg, log, m.untrusted),
 		limits:     l,
 		jsonHeader: http.Header{"Content-Type": {"application/json"}, "Cache-Control": {"no-store"}},
-		ice:        newICEDirectory(cfg, m),
-
 		verifier:   verifier,
 		passwords:  newPasswords(),
 		background: []func(context.Context) error{h.Run, c.Run, l.run},
@@ -83,6 +82,17 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		},
 		clients: clientSet{max: l.conns, all: make(map[*client]struct{})},
 	}
+	if cfg.turn == "on" {
+		s.turn = newTURNServer(cfg, log, m, func(ctx context.Context, id sessionID) error {
+			_, _, err := h.Get(ctx, id)
+			return err
+		})
+		if shared, ok := h.(*redisHub); ok {
+			s.turn.relayOf = shared.relayOf
+		}
+		s.background = append(s.background, s.turn.run)
+	}
+	s.ice = newICEDirectory(cfg, m, s.turn)
 	if keys != nil {
 		s.background = append(s.background, keys)
 	}

@@ -856,6 +856,14 @@ func TestMetricsFromTheStart(t *testing.T) {
 	for _, reason := range []string{"peer_absent", "mailbox_full", "over_capacity", "stale", "session_expired"} {
 		want = append(want, `parley_frames_dropped_total{reason="`+reason+`"}`)
 	}
+	want = append(want, "parley_turn_allocations", `parley_turn_bytes_total{direction="in"}`, `parley_turn_bytes_total{direction="out"}`)
+	for _, reason := range []string{"malformed", "too_large", "no_allocation", "no_peer", "other_session", "no_permission", "rate", "queue_full"} {
+		want = append(want, `parley_turn_dropped_total{reason="`+reason+`"}`)
+	}
+	for _, reason := range []string{"unauthorized", "expired", "session_gone", "full", "session_full", "forbidden_peer", "transport", "channels",
+		"rate", "busy", "malformed", "too_large", "silent"} {
+		want = append(want, `parley_turn_refused_total{reason="`+reason+`"}`)
+	}
 	for _, result := range []string{"resumed", "takeover", "refused"} {
 		want = append(want, `parley_resumes_total{result="`+result+`"}`)
 	}

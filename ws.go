@@ -32,6 +32,7 @@ type client struct {
 
 	session sessionID
 	network network // whose connection it is
+	host    string  // that it called; "" unless TURN=on
 	v1      bool
 
 	// Whether delivery of mail has begun, and where this connection is in it: the
@@ -79,7 +80,7 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request, from caller, li
 	if err := s.limitRate(s.limits.ws, from, limit); err != nil {
 		return err
 	}
-	c.srv, c.v1, c.network = s, v1, from.network
+	c.srv, c.v1, c.network, c.host = s, v1, from.network, from.host
 	c.connOptions, c.src = &s.connOptions, c
 	if s.backend != nil {
 		c.remote = newRemoteSeat(&c.conn)
@@ -274,7 +275,7 @@ func (c *client) explain(err error) *apiError {
 // greeting returns the messages that tell the client of a pair how things are.
 func (c *client) greeting(v view) (first []byte) {
 	if c.v1 {
-		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage, c.srv.ice.servers(c.session, c.network))
+		welcome := appendWelcome(nil, c.side, v, c.heartbeat, c.maxMessage, c.srv.ice.servers(c.session, c.network, c.host))
 		first = c.appendFrame(first, typeWelcome, welcome)
 	}
 	if v.peer == present {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"parley/test/testkit"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -255,4 +257,91 @@ func TestTURNSessionIsOneUser(t *testing.T) {
 	if err := allocate(t, another[0]); err != nil {
 		t.Errorf("another session: %v", err)
 	}
+}
+
+// Two peers that may only be relayed connect with nothing but this server, by what
+// it told them with their code, and each browser's own choice of transport.
+func TestPeersConnectThroughOwnTURN(t *testing.T) {
+	for _, transport := range []string{"udp", "tcp", "any"} {
+		t.Run(transport, func(t *testing.T) {
+			server := testkit.StartBinary(t, "TURN=on", "TURN_PORT="+testkit.FreePort(t))
+			ctx := rtcContext(t)
+			code, appID, servers := mintWithServers(ctx, t, server)
+			only := func(servers []iceServer) webrtc.Configuration {
+				servers = slices.Clone(servers)
+				for i := range servers {
+					servers[i].URLs = slices.DeleteFunc(slices.Clone(servers[i].URLs), func(url string) bool {
+						return transport != "any" && strings.HasPrefix(url, "turn:") && !strings.HasSuffix(url, transport)
+					})
+				}
+				return relayOnly(servers)
+			}
+			a := dialRTCPeer(ctx, t, server, appID, "A")
+			a.start(only(servers))
+			a.offer()
+			var redeemed struct {
+				AppID string
+				iceServers
+			}
+			server.Post(ctx, t, "/rendezvous/redeem", map[string]string{"code": code}, &redeemed)
+			b := dialRTCPeer(ctx, t, server, redeemed.AppID, "B")
+			b.start(only(redeemed.Servers))
+			exchangeGreetings(t, a, b)
+			for _, p := range []*rtcPeer{a, b} {
+				pair, err := p.pc.SCTP().Transport().ICETransport().GetSelectedCandidatePair()
+				if err != nil || pair.Local.Typ != webrtc.ICECandidateTypeRelay || pair.Local.Address != "192.0.2.1" {
+					t.Errorf("%s uses %v, %v", p.side, pair, err)
+				}
+			}
+		})
+	}
+}
+
+// Both peers of a session are given one instance's relay, whichever they ask, and
+// another's once that instance is gone.
+func TestTURNFleet(t *testing.T) {
+	redis := testkit.StartRedis(t)
+	env := []string{"REDIS_URL=redis://" + redis.Addr, "TURN=on", "TURN_SECRET=s", "HEARTBEAT=2s"}
+	var all [2]*testkit.Process
+	var ports [2]string
+	for i := range all {
+		ports[i] = testkit.FreePort(t)
+		all[i] = testkit.StartBinary(t, append(env, "TURN_PORT="+ports[i])...)
+	}
+	f := &fleet{t: t}
+	for _, p := range all {
+		testkit.Eventually(t, "an instance is ready", func() bool { return f.ready(p) })
+	}
+	ctx := rtcContext(t)
+	code, appID, servers := mintWithServers(ctx, t, all[0])
+	var redeemed struct {
+		AppID string
+		iceServers
+	}
+	all[1].Post(ctx, t, "/rendezvous/redeem", map[string]string{"code": code}, &redeemed)
+	if want := "stun:127.0.0.1:" + ports[0]; servers[0].URLs[0] != want || redeemed.Servers[0].URLs[0] != want {
+		t.Fatalf("told of %v and %v, want both of %s", servers, redeemed.Servers, want)
+	}
+	a, b := dialRTCPeer(ctx, t, all[0], appID, "A"), dialRTCPeer(ctx, t, all[1], appID, "B")
+	a.start(relayOnly(servers))
+	b.start(relayOnly(redeemed.Servers))
+	a.offer()
+	exchangeGreetings(t, a, b)
+
+	_, other, _ := mintWithServers(ctx, t, all[0])
+	if exit := all[0].Stop(); exit != 0 {
+		t.Fatal("exit status", exit)
+	}
+	testkit.Eventually(t, "the other instance to relay for the session", func() bool {
+		res, err := http.Get(all[1].URL("/ice-servers?appID=" + other))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		var answer iceServers
+		if err := json.NewDecoder(res.Body).Decode(&answer); err != nil {
+			t.Fatal(err)
+		}
+		return len(answer.Servers) == 2 && answer.Servers[0].URLs[0] == "stun:127.0.0.1:"+ports[1] && allocate(t, answer.Servers[1]) == nil
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -30,7 +31,7 @@ func WritePair(t testing.TB, dir string, serial int64) Pair {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "parley.test"}, DNSNames: []string{"parley.test"},
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "parley.test"}, DNSNames: []string{"parley.test"}, IPAddresses: []net.IP{net.IPv4(203, 0, 113, 10)}, // the second is the lab's
 		NotBefore: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // before the clock of a bubble begins
 		NotAfter:  time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
 		IsCA:      true, BasicConstraintsValid: true,
