@@ -239,7 +239,7 @@ func TestHelp(t *testing.T) {
 		t.Error("exit status", status)
 	}
 	wantContains(t, stdout, append(loadNames(), "-anywhere", "-pid", "compare", "growth")...)
-	for _, command := range []string{"compare", "growth"} {
+	for _, command := range []string{"compare", "growth", "turn"} {
 		if status, stdout, _ := call(t, command, "-h"); status != 0 || !strings.Contains(stdout, "-rounds") {
 			t.Errorf("%s: exit status %d, %s", command, status, stdout)
 		}

@@ -10,10 +10,12 @@
 //
 //	go run ./bench compare
 //	go run ./bench growth
+//	go run ./bench turn
 //
 // start servers of their own. The first runs the same loads against parley, a
 // PeerJS server, and a yardstick that only forwards; the second measures how the
-// cost of parley grows with what it holds. docs/performance.md has the figures.
+// cost of parley grows with what it holds; the third relays by parley and by
+// coturn. docs/performance.md has the figures.
 package main
 
 import (
@@ -48,6 +50,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			command, args = runCompare, args[1:]
 		case "growth":
 			command, args = runGrowth, args[1:]
+		case "turn":
+			command, args = runTURN, args[1:]
 		case "yardstick": // what compare starts
 			command, args = runYardstick, args[1:]
 		}
@@ -120,7 +124,8 @@ func (o *options) parse(f *flag.FlagSet, args []string, stdout io.Writer, usage 
 func loadsUsage(w io.Writer) {
 	fmt.Fprint(w, "usage: go run ./bench [flags] [load…]\n"+
 		"       go run ./bench compare -h\n"+
-		"       go run ./bench growth -h\n\nLoads, all unless some are named:\n")
+		"       go run ./bench growth -h\n"+
+		"       go run ./bench turn -h\n\nLoads, all unless some are named:\n")
 	for _, l := range loads() {
 		fmt.Fprintf(w, "  %-8s %s\n", l.name, l.what)
 	}
