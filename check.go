@@ -270,10 +270,24 @@ func (c *checker) stun(text string, uri *stun.URI) {
 	defer closeAll()
 	mapped, err := client.SendBindingRequest()
 	if err != nil {
-		c.bad("%s does not answer: is it running, and its port open? (%v)", text, err)
+		c.silent(text, uri, err)
 		return
 	}
 	c.ok("%s answers: it sees %s", text, mapped)
+}
+
+// silent says which port is shut.
+func (c *checker) silent(text string, uri *stun.URI, err error) {
+	transport := "UDP"
+	if uri.Proto == stun.ProtoTypeTCP || uri.Scheme == stun.SchemeTypeTURNS || uri.Scheme == stun.SchemeTypeSTUNS {
+		transport = "TCP"
+	}
+	c.bad("%s does not answer: is it running, and %s port %d open, at its firewall and, in a container, published? (%v)", text, transport, uri.Port, err)
+}
+
+func addrOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
 }
 
 // turn reports whether the server relays.
@@ -296,10 +310,15 @@ func (c *checker) turn(text string, uri *stun.URI) bool {
 		}
 		return false
 	} else if err != nil {
-		c.bad("%s does not answer: is it running, and its port open? (%v)", text, err)
+		c.silent(text, uri, err)
 		return false
 	}
 	defer relayed.Close()
+	if ip := relayed.LocalAddr().(*net.UDPAddr).IP; virtualAddr().Compare(addrOf(ip)) == 0 {
+		c.ok("%s relays between clients of this server alone", text)
+		c.relayToRelay(text, uri, client, relayed)
+		return true
+	}
 	c.ok("%s relays, from %s", text, relayed.LocalAddr())
 	if ip := relayed.LocalAddr().(*net.UDPAddr).IP; !isPublic(ip) && !isLocal(uri.Host) {
 		c.bad("%s relays from %s, which others cannot reach: behind a NAT, as at most clouds, set its external-ip and allowed-peer-ip", text, ip)

@@ -19,7 +19,8 @@ import (
 // parley check says in words what is right and what is wrong.
 func TestCheck(t *testing.T) {
 	addr := testkit.StartCoturn(t, coturnSecret)
-	nobody := "127.0.0.1:" + testkit.FreePort(t)
+	port := testkit.FreePort(t)
+	nobody := "127.0.0.1:" + port
 	good := []string{"DEV=false", "STUN_URLS=stun:" + addr, "TURN_URLS=turn:" + addr + ",turn:" + addr + "?transport=tcp", "TURN_SECRET=" + coturnSecret}
 	const jwtSecret = "a secret of this test of some 40 bytes!!"
 	token, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{"user_id": "ada", "exp": time.Now().Add(time.Hour).Unix()}).SignedString([]byte(jwtSecret))
@@ -42,7 +43,10 @@ func TestCheck(t *testing.T) {
 		{"TURN by UDP alone", append(good[:2:2], "TURN_URLS=turn:"+addr, "TURN_SECRET="+coturnSecret), nil, 0,
 			[]string{"note   no TURN URL has ?transport=tcp", "All is well."}},
 		{"TURN that answers by TCP alone", append(good[:2:2], "TURN_URLS=turn:"+nobody+",turn:"+addr+"?transport=tcp", "TURN_SECRET="+coturnSecret), nil, 1,
-			[]string{"WRONG  turn:" + nobody + " does not answer", "note   TURN answers by TCP, and not by UDP", "1 wrong."}},
+			[]string{"WRONG  turn:" + nobody + " does not answer: is it running, and UDP port " + port + " open", "note   TURN answers by TCP, and not by UDP", "1 wrong."}},
+		{"its own relay", []string{"DEV=false", "TURN=on", "TURN_PORT=" + testkit.FreePort(t)}, nil, 0,
+			[]string{"ok     stun:127.0.0.1:", "?transport=udp relays between clients of this server alone", "?transport=udp relays between two of its peers",
+				"?transport=tcp relays between two of its peers", "All is well."}},
 		{"no ICE servers", []string{"DEV=false"}, nil, 1, []string{"WRONG  there are no ICE servers: set STUN_URLS", "1 wrong."}},
 		{"an origin that is not listed", good, []string{"-origin", "https://app.example"}, 1,
 			[]string{"Pages of https://app.example may not call", "CORS_ORIGINS"}},

@@ -337,6 +337,7 @@ function status() {
   if (connectedOnce) return ["interrupted", "The connection was interrupted, reconnecting"];
   if (Date.now() - connectingSince > PATIENCE) {
     if (session.throttled) return ["connecting", "Still connecting. Perhaps it takes a relay, and your network has used up its share of this server's. Try again in an hour, or from another network."];
+    if (session.iceServers.length === 0) return ["connecting", "Still connecting. This server offers no way through firewalls (STUN or TURN), so both devices must be in one network."];
     return ["connecting", "Still connecting. Perhaps these networks do not let the devices reach each other."];
   }
   return ["connecting", "Connecting to the other device"];

@@ -136,7 +136,8 @@ test("either side cancels on the way, and the next file goes; only meanwhile the
 
 test("two who cannot connect are told why, where it may be that no relay was left for them", async (t) => {
   for (const [env, words] of [
-    [{}, /^Still connecting\. Perhaps these networks/],
+    [{}, /^Still connecting\. This server offers no way through firewalls \(STUN or TURN\)/],
+    [{ STUN_URLS: "stun:127.0.0.1:9" }, /^Still connecting\. Perhaps these networks/],
     [{ TURN_URLS: "turn:127.0.0.1:9", TURN_SECRET: "s" }, /^Still connecting\..* your network has used up its share/],
   ]) {
     const { url } = await startParley(t, env);
