@@ -21,7 +21,9 @@ NEEDS_LONG := $(NEEDS) \
 	nginx:nginx \
 	caddy:caddy \
 	promtool:prometheus \
-	systemd-analyze:systemd
+	systemd-analyze:systemd \
+	ip:iproute2 \
+	nft:nftables
 
 # What a release is built for, and where to.
 PLATFORMS := linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64

@@ -314,6 +314,15 @@ func (p *Peer) Write(message []byte) (int, error) {
 	return len(message), p.channel.Send(message)
 }
 
+// Route says which way messages go: "directly", or "through a relay".
+func (p *Peer) Route() string {
+	pair, err := p.pc.SCTP().Transport().ICETransport().GetSelectedCandidatePair()
+	if err == nil && pair != nil && (pair.Local.Typ == webrtc.ICECandidateTypeRelay || pair.Remote.Typ == webrtc.ICECandidateTypeRelay) {
+		return "through a relay"
+	}
+	return "directly"
+}
+
 // Receive waits for a message.
 func (p *Peer) Receive() ([]byte, error) {
 	select {

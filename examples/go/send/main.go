@@ -73,6 +73,6 @@ func sendFile(peer *pairing.Peer, file *os.File) error {
 	if _, err := peer.Receive(); err != nil { // the receipt
 		return err
 	}
-	fmt.Printf("sent %s, %d bytes\n", info.Name(), info.Size())
+	fmt.Printf("sent %s, %d bytes, %s\n", info.Name(), info.Size(), peer.Route())
 	return nil
 }
