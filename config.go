@@ -194,7 +194,7 @@ func configOptions(c *config) []option {
 		{name: "TURN", def: "off", optionValue: wordOption(&c.turn, "on", "off"),
 			help: "be a STUN and TURN server too, which relays between the clients of one session and to nobody else; instead of TURN_URLS"},
 		{name: "TURN_PORT", def: "3478", optionValue: servicePortOption(&c.turnPort, 0, 65535),
-			help: "UDP and TCP port of TURN=on; 0 is any free one. Where the server speaks TLS itself, TURN by TLS is on PORT"},
+			help: "UDP and TCP port of TURN=on, on HOST, or on all addresses where HOST is for a proxy on this machine alone; 0 is any free one. Where the server speaks TLS itself, TURN by TLS is on PORT"},
 		{name: "TURN_HOST", optionValue: checkedOption(&c.turnHost, checkTURNHost),
 			help: "host name or IP address that clients reach TURN=on at; unset, the host that they called"},
 		{name: "TURN_MAX_ALLOCATIONS", def: "2000", optionValue: intOption(&c.turnMaxAllocations, 1, 60_000),

@@ -60,8 +60,8 @@ func (s *server) openFronts() (fronts []front, err error) {
 	fronts = append(fronts, main)
 	if s.turn != nil {
 		host := s.cfg.host
-		if strings.HasPrefix(host, "unix:") {
-			host = ""
+		if strings.HasPrefix(host, "unix:") || !s.cfg.dev && isLoopback(host) {
+			host = "" // a proxy on this machine passes on HTTP alone
 		}
 		if err = s.turn.openSockets(host, s.cfg.turnPort, guard); err != nil {
 			return fronts, err

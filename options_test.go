@@ -298,6 +298,12 @@ func optionTests() map[string]func(*testing.T) {
 			if want := "stun:parley.test:" + port; servers[0].URLs[0] != want {
 				t.Errorf("%v, want %s", servers, want)
 			}
+			for env, everywhere := range map[string]bool{"HOST=127.0.0.1": false, "HOST=127.0.0.1 DEV=false": true} { // behind a proxy
+				ts, _ := newLoopServer(t, strings.Fields(env+" TURN=on TURN_PORT="+testkit.FreePort(t))...)
+				if got := ts.turn.udp.LocalAddr().(*net.UDPAddr).IP.IsUnspecified(); got != everywhere {
+					t.Errorf("%s: on %v", env, ts.turn.udp.LocalAddr())
+				}
+			}
 		},
 		"TURN_HOST": func(t *testing.T) {
 			ts, _ := newLoopServer(t, "TURN=on", "TURN_PORT=0", "TURN_HOST=turn.example")

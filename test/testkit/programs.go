@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -36,33 +37,41 @@ func StartRedis(t testing.TB, args ...string) *Redis {
 	s := &Redis{t: t, Addr: free.Addr().String()}
 	free.Close()
 	_, port, _ := net.SplitHostPort(s.Addr)
-	s.args = append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no", "--dir", t.TempDir(), "--loglevel", "warning"}, args...)
+	s.args = append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no", "--dir", t.TempDir(), "--loglevel", "notice"}, args...)
 	s.Start()
 	t.Cleanup(s.Stop)
 	return s
 }
 
+// Start starts it again where it was.
 func (s *Redis) Start() {
 	s.t.Helper()
 	s.cmd = exec.Command("redis-server", s.args...)
-	out, err := s.cmd.StderrPipe()
+	out, err := s.cmd.StdoutPipe()
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
+	// What it says, and not that something answers there: that may be another's.
+	ready := make(chan bool, 2)
 	go func() {
 		for lines := bufio.NewScanner(out); lines.Scan(); {
+			if strings.Contains(lines.Text(), "Ready to accept connections") {
+				ready <- true
+			}
 		}
+		ready <- false
 	}()
-	Eventually(s.t, "redis-server listens", func() bool {
-		c, err := net.Dial("tcp", s.Addr)
-		if err == nil {
-			c.Close()
+	select {
+	case ok := <-ready:
+		if !ok {
+			s.t.Fatal("redis-server ended at once: perhaps its port was taken meanwhile")
 		}
-		return err == nil
-	})
+	case <-time.After(Patience):
+		s.t.Fatal("redis-server is not ready")
+	}
 }
 
 func (s *Redis) Stop() {
