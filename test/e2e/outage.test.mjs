@@ -104,28 +104,29 @@ async function startTURN(t, secret) {
   };
 }
 
+// relayOnly makes of a page a device that reaches nothing but the relay, and whose
+// first statistics are from before it was connected.
+function relayOnly() {
+  const { getStats } = RTCPeerConnection.prototype;
+  RTCPeerConnection.prototype.getStats = async function () {
+    RTCPeerConnection.prototype.getStats = getStats;
+    return new Map();
+  };
+  globalThis.RTCPeerConnection = class extends RTCPeerConnection {
+    constructor(configuration) {
+      super({ ...configuration, iceTransportPolicy: "relay" });
+    }
+    setConfiguration(configuration) {
+      super.setConfiguration({ ...configuration, iceTransportPolicy: "relay" });
+    }
+  };
+}
+
 test("a relay is shown as one; when the path between the devices is cut that is shown, and heals", async (t) => {
   const secret = "shared with coturn";
   const relay = await startTURN(t, secret);
   const { url } = await startParley(t, { TURN_URLS: relay.url, TURN_SECRET: secret });
-  // A device that reaches nothing but the relay, and whose first statistics are
-  // from before it was connected.
-  const init = () => {
-    const { getStats } = RTCPeerConnection.prototype;
-    RTCPeerConnection.prototype.getStats = async function () {
-      RTCPeerConnection.prototype.getStats = getStats;
-      return new Map();
-    };
-    globalThis.RTCPeerConnection = class extends RTCPeerConnection {
-      constructor(configuration) {
-        super({ ...configuration, iceTransportPolicy: "relay" });
-      }
-      setConfiguration(configuration) {
-        super.setConfiguration({ ...configuration, iceTransportPolicy: "relay" });
-      }
-    };
-  };
-  const a = await openDevice(t, browser, url, { init });
+  const a = await openDevice(t, browser, url, { init: relayOnly });
   const b = await openDevice(t, browser, await mintLink(a));
   for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
   await verifiedByLink(a, b);
@@ -136,6 +137,17 @@ test("a relay is shown as one; when the path between the devices is cut that is 
   relay.mend();
   for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
   assert.equal(await save(b, "meanwhile.bin"), sum);
+  clean(a, b);
+});
+
+test("the server's own relay connects two who reach nothing else", async (t) => {
+  const { url } = await startParley(t, { TURN: "on", TURN_PORT: "0" });
+  const a = await openDevice(t, browser, url, { init: relayOnly });
+  const b = await openDevice(t, browser, await mintLink(a), { init: relayOnly });
+  for (const page of [a, b]) await says(page, "#status", /^Connected through a relay$/);
+  await verifiedByLink(a, b);
+  await transfer(a, b, "to b.bin", 3 * MiB);
+  await transfer(b, a, "to a.bin", 3 * MiB);
   clean(a, b);
 });
 
