@@ -198,7 +198,7 @@ func configOptions(c *config) []option {
 		{name: "TURN_HOST", optionValue: checkedOption(&c.turnHost, checkTURNHost),
 			help: "host name or IP address that clients reach TURN=on at; unset, the host that they called"},
 		{name: "TURN_MAX_ALLOCATIONS", def: "2000", optionValue: intOption(&c.turnMaxAllocations, 1, 60_000),
-			help: "relayed addresses of TURN=on, of which a session has at most 16"},
+			help: "relayed addresses of TURN=on, of which a pair has at most 16, and a room of N seats 16 × (N − 1)"},
 		{name: "TURN_MAX_BPS", def: "2MiB", optionValue: sizeOption(&c.turnMaxBPS, 0, 1<<40),
 			help: "bytes a second that TURN=on relays for a session, in bytes or with KiB, MiB or GiB; 0 is no limit"},
 

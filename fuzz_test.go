@@ -289,7 +289,7 @@ func FuzzTURN(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	r := newTURNServer(cfg, slog.New(slog.DiscardHandler), newMetrics(), func(context.Context, sessionID) error { return nil })
+	r := newTURNServer(cfg, slog.New(slog.DiscardHandler), newMetrics(), func(context.Context, sessionID) (int, error) { return 2, nil })
 	src := turnSource{addr: netip.MustParseAddrPort("198.51.100.1:1")}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		buf := make([]byte, headroom+len(data)+tailroom)

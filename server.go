@@ -83,9 +83,12 @@ func newServer(cfg *config, log *slog.Logger, m *metrics, h hub, c codes, l limi
 		clients: clientSet{max: l.conns, all: make(map[*client]struct{})},
 	}
 	if cfg.turn == "on" {
-		s.turn = newTURNServer(cfg, log, m, func(ctx context.Context, id sessionID) error {
-			_, _, err := h.Get(ctx, id)
-			return err
+		s.turn = newTURNServer(cfg, log, m, func(ctx context.Context, id sessionID) (int, error) {
+			m, _, err := h.Get(ctx, id)
+			if m.Room != nil {
+				return m.Room.Max, err
+			}
+			return 2, err
 		})
 		if shared, ok := h.(*redisHub); ok {
 			s.turn.relayOf = shared.relayOf

@@ -41,11 +41,12 @@ import (
 const (
 	turnRealm = "parley"
 
-	// maxSessionAllocations is how many relayed addresses a session has at most. A
-	// pair needs six: two clients, each by UDP, TCP and TLS; and for a moment twice
-	// as many when it connects anew.
-	maxSessionAllocations = 16
-	maxChannels           = 32 // of an allocation: it has no more than 15 peers at a time
+	// maxPeerAllocations is how many relayed addresses a session has at most, for
+	// each other seat that a seat may connect to. A pair needs six: two clients, each
+	// by UDP, TCP and TLS; and for a moment twice as many when it connects anew. In a
+	// room everyone may connect to everyone, by UDP at least.
+	maxPeerAllocations = 16
+	maxChannels        = 32 // of an allocation: it has no more than 15 peers at a time
 
 	// RFC 8656 sections 3.2, 9 and 12.
 	allocationLife = 10 * time.Minute
@@ -87,7 +88,8 @@ type turnServer struct {
 	exempt   []netip.Prefix
 	maxBytes int // a second and session; 0 for no limit
 	max      int // allocations
-	alive    func(context.Context, sessionID) error
+	// seats says how many a live session has.
+	seats func(context.Context, sessionID) (int, error)
 	// relayOf says which instance relays for a session; nil where there is one.
 	relayOf func(ctx context.Context, id sessionID, own string) (string, error)
 	start   time.Time // what times here count from
@@ -148,10 +150,10 @@ type turnChannel struct {
 	until  time.Duration
 }
 
-func newTURNServer(cfg *config, log *slog.Logger, m *metrics, alive func(context.Context, sessionID) error) *turnServer {
+func newTURNServer(cfg *config, log *slog.Logger, m *metrics, seats func(context.Context, sessionID) (int, error)) *turnServer {
 	t := &turnServer{
 		log: log, metrics: m.turn, secrets: cfg.turnSecrets, exempt: cfg.rateExempt,
-		maxBytes: int(cfg.turnMaxBPS), max: cfg.turnMaxAllocations, alive: alive,
+		maxBytes: int(cfg.turnMaxBPS), max: cfg.turnMaxAllocations, seats: seats,
 		start: time.Now(), seed: maphash.MakeSeed(),
 		anonymous: &rateLimit{newBuckets(anonymousPerMinute), newBuckets(siteShare * anonymousPerMinute)},
 		lookups:   make(chan struct{}, maxLookups),
@@ -522,7 +524,8 @@ func (t *turnServer) allocate(r *turnRequest) {
 func (t *turnServer) allocateLive(r *turnRequest) {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
-	if err := t.alive(ctx, r.session); errors.Is(err, errGone) {
+	seats, err := t.seats(ctx, r.session)
+	if errors.Is(err, errGone) {
 		t.metrics.refuse(turnSessionGone)
 		t.challenge(r, stun.CodeUnauthorized)
 		return
@@ -530,7 +533,7 @@ func (t *turnServer) allocateLive(r *turnRequest) {
 		t.metrics.refuse(turnBusy)
 		return
 	}
-	a, refusal := t.open(r)
+	a, refusal := t.open(r, maxPeerAllocations*(seats-1))
 	switch {
 	case refusal == turnSessionFull:
 		t.refuse(r, stun.CodeAllocQuotaReached, refusal)
@@ -572,8 +575,9 @@ func (r *turnRequest) lifetime() time.Duration {
 	return allocationLife
 }
 
-// open makes an allocation, or returns that which the client has got meanwhile.
-func (t *turnServer) open(r *turnRequest) (a *relayAllocation, refusal turnRefusal) {
+// open makes an allocation, or returns that which the client has got meanwhile. A
+// session has at most so many.
+func (t *turnServer) open(r *turnRequest, most int) (a *relayAllocation, refusal turnRefusal) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := t.now()
@@ -595,7 +599,7 @@ func (t *turnServer) open(r *turnRequest) (a *relayAllocation, refusal turnRefus
 		if t.maxBytes > 0 {
 			s.budget = rate.NewLimiter(rate.Limit(t.maxBytes), max(t.maxBytes, maxTURNMessage))
 		}
-	} else if s.allocations >= maxSessionAllocations {
+	} else if s.allocations >= most {
 		return nil, turnSessionFull
 	}
 	a = &relayAllocation{session: s, username: r.username, addr: r.src.addr, stream: r.src.stream, transaction: r.TransactionID}

@@ -33,9 +33,10 @@ type testRelay struct {
 	metrics *metrics
 	stop    func()
 
-	mu   sync.Mutex
-	sent []sentMessage
-	gone map[sessionID]error // what the hub says of sessions
+	mu    sync.Mutex
+	sent  []sentMessage
+	gone  map[sessionID]error // what the hub says of sessions
+	rooms map[sessionID]int   // seats of rooms
 }
 
 type sentMessage struct {
@@ -56,11 +57,11 @@ func newTestRelay(t testing.TB, settings ...string) *testRelay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &testRelay{t: t, metrics: newMetrics(), gone: make(map[sessionID]error)}
-	r.turnServer = newTURNServer(cfg, slog.New(slog.DiscardHandler), r.metrics, func(_ context.Context, id sessionID) error {
+	r := &testRelay{t: t, metrics: newMetrics(), gone: make(map[sessionID]error), rooms: make(map[sessionID]int)}
+	r.turnServer = newTURNServer(cfg, slog.New(slog.DiscardHandler), r.metrics, func(_ context.Context, id sessionID) (int, error) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return r.gone[id]
+		return max(r.rooms[id], 2), r.gone[id]
 	})
 	r.replies = r
 	r.guard = newConnectionGuard(0, func() int { return 0 })
@@ -408,12 +409,27 @@ func TestTURNCredentials(t *testing.T) {
 	})
 }
 
+func TestTURNAllocationsOfRoom(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		r, id := newTestRelay(t), uuid.New()
+		r.rooms[id] = 4
+		for i := range 3 * maxPeerAllocations {
+			if code := r.client(fmt.Sprintf("198.51.100.1:%d", 1000+i), id).allocate(); code != 0 {
+				t.Fatal(i, code)
+			}
+		}
+		if code := r.client("198.51.100.1:900", id).allocate(); code != stun.CodeAllocQuotaReached {
+			t.Errorf("one more of the room: %d", code)
+		}
+	})
+}
+
 func TestTURNAllocations(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r := newTestRelay(t, "TURN_MAX_ALLOCATIONS=20")
 		id := uuid.New()
 		addr := func(i int) string { return fmt.Sprintf("198.51.100.1:%d", 1000+i) }
-		for i := range maxSessionAllocations {
+		for i := range maxPeerAllocations {
 			if code := r.client(addr(i), id).allocate(); code != 0 {
 				t.Fatal(i, code)
 			}
@@ -421,7 +437,7 @@ func TestTURNAllocations(t *testing.T) {
 		if code := r.client(addr(100), id).allocate(); code != stun.CodeAllocQuotaReached || r.refused(turnSessionFull) != 1 {
 			t.Errorf("one more of the session: %d", code)
 		}
-		for i := range 20 - maxSessionAllocations {
+		for i := range 20 - maxPeerAllocations {
 			if code := r.client(addr(200+i), uuid.New()).allocate(); code != 0 {
 				t.Fatal(i, code)
 			}
@@ -757,7 +773,7 @@ func TestTURNConcurrent(t *testing.T) {
 		tasks.Go(func() {
 			for i := range 500 {
 				c := turnSource{addr: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), uint16(i+1))}
-				a, refusal := r.open(&turnRequest{Message: new(stun.Message), src: c, session: uuid.New(), username: "u"})
+				a, refusal := r.open(&turnRequest{Message: new(stun.Message), src: c, session: uuid.New(), username: "u"}, maxPeerAllocations)
 				if refusal != "" {
 					t.Error(refusal)
 					return
