@@ -215,11 +215,13 @@ func redisSeatInvariants(client *redis.Client, key, name string, f map[string]st
 }
 
 // A testClock is the time as scripts know it in a test over a real Redis, whose
-// own cannot be set: a key in it. It stands still unless it is advanced.
+// own cannot be set: a key in it. It stands still unless it is advanced. Keys expire
+// by Redis' own clock all the same, and so far later than any test takes.
 const testClock = `
 local function clock()
   return tonumber(redis.call('GET', 'test:clock'))
 end
+local MARGIN = 3600000000
 `
 
 // A spreadHub is several instances over one Redis, of which each call takes

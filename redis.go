@@ -294,12 +294,14 @@ func (r *redisStore) check(ctx context.Context) error {
 //go:embed lua
 var luaFiles embed.FS
 
-// redisClock is how scripts know the time.
+// redisClock is how scripts know the time, and by how much keys outlive what they
+// hold, in microseconds.
 const redisClock = `
 local function clock()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
 end
+local MARGIN = 1000000
 `
 
 // newScript puts a script together from files and what they expect before them.

@@ -4,7 +4,8 @@
 -- RESUME_TTL, SESSION_TTL, ROOM_EMPTY_TTL, LEASE, MAX_SESSIONS, MAX_QUEUED,
 -- HOLD, SLOW, LONG_QUEUE, WAIT_ITEMS, WAIT_BYTES, MAIL_ITEMS, MAIL_BYTES,
 -- MAX_PRESENCE, PRESENCE_SIZE, TAKEOVERS, TAKEOVER_WINDOW, MAX_GAPS, EPOCH_MS,
--- and clock(), the microseconds since 1970.
+-- clock(), the microseconds since 1970, and MARGIN, by which keys outlive what they
+-- hold.
 --
 -- A session is one hash, parley:{id}. Its fields:
 --   k  p of a pair, r of a room      C  created     X  when its code, or the
@@ -27,7 +28,6 @@ local call = redis.call
 local ME = ARGV[1] -- the instance that asks
 local SESSIONS, ROOMS, AWAY, QUEUED = 'parley:sessions', 'parley:rooms', 'parley:away', 'parley:queued'
 local LAST_SEQ = 'parley:seq' -- the highest seq of ended sessions, while it is ahead of the clock
-local MARGIN = 1000000 -- keys outlive what they hold by this much
 local KEEP = RESUME_TTL + SESSION_TTL + 8 * LEASE -- how long a pair outlives the last look at it
 
 local wakes, drops = {}, {}
