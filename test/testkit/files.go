@@ -55,6 +55,7 @@ func WritePair(t testing.TB, dir string, serial int64) Pair {
 	return p
 }
 
+// WriteFile writes a file that only its owner may read.
 func WriteFile(t testing.TB, name, content string) {
 	t.Helper()
 	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {

@@ -55,7 +55,7 @@ func BuildBinary(t testing.TB) string {
 	return built.path
 }
 
-// RemoveBinary removes what buildBinary made. TestMain calls it last.
+// RemoveBinary removes what BuildBinary made. TestMain calls it last.
 func RemoveBinary() {
 	if built.dir != "" {
 		os.RemoveAll(built.dir)

@@ -74,6 +74,7 @@ func (s *Redis) Start() {
 	}
 }
 
+// Stop kills it.
 func (s *Redis) Stop() {
 	s.cmd.Process.Kill()
 	s.cmd.Wait()
