@@ -46,7 +46,7 @@ test: tools $(E2E)
 # Soak, fault and documentation tests live in *_long_test.go files with the build
 # tag long and have Long in their names. After them, each fuzz target.
 test-long: tools-long $(E2E)
-	go test -race -count=1 -tags long -run Long -timeout 40m ./...
+	go test -race -count=1 -tags long -run Long -parallel 4 -timeout 40m ./...
 	@bash -c "$$fuzz_script"
 
 # FUZZTIME for each fuzz target.

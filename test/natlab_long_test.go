@@ -49,6 +49,7 @@ func natRoute(a, b string) string {
 // With TURN=on and a certificate, one process on one machine connects any two
 // devices, by the relay where there is no other way and there alone.
 func TestLongNATsWithOwnRelay(t *testing.T) {
+	t.Parallel()
 	programs := natPrograms(t)
 	for _, cloud := range []bool{false, true} { // the server is behind a 1:1 NAT
 		for i, a := range natKinds() {
@@ -62,6 +63,7 @@ func TestLongNATsWithOwnRelay(t *testing.T) {
 
 // The lab is one: without a relay those do not connect who need one.
 func TestLongNATsWithoutRelay(t *testing.T) {
+	t.Parallel()
 	programs := natPrograms(t)
 	for _, c := range []natCase{
 		{a: natFull, b: natFull, want: viaNone}, // with no STUN either
