@@ -199,7 +199,9 @@ const joinOlder = (page, options) =>
     };
     pc.onicecandidate = ({ candidate }) => candidate && say({ type: "ice", candidate });
     const talk = (channel) => {
-      channel.onopen = () => channel.send("hello from an older " + side);
+      const hello = () => channel.send("hello from an older " + side);
+      if (channel.readyState === "open") hello(); // a busy browser tells of a channel after it has opened
+      else channel.onopen = hello;
       channel.onmessage = ({ data }) => (globalThis.heard = data);
     };
     if (side === "B") pc.ondatachannel = ({ channel }) => talk(channel);
